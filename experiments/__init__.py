@@ -1,0 +1,1 @@
+"""The experiments: one small module per paper, `python -m experiments.<slug>`."""

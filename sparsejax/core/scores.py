@@ -1,0 +1,67 @@
+"""Which entries matter: trees in, score tree out. Larger scores stay."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from sparsejax.core.selection import align, is_array, is_dense, named_leaves
+
+
+def magnitude(params: PyTree) -> PyTree:
+    """Absolute values, in float32 at least (bfloat16 magnitudes would tie massively).
+
+    Args:
+      params: any PyTree; leaves that are no floating-point arrays pass through.
+    """
+    return jax.tree.map(lambda leaf: jnp.abs(_wide(leaf)) if _is_float(leaf) else leaf, params)
+
+
+def wanda(params: PyTree, input_norms: PyTree) -> PyTree:
+    """Weight magnitude times the norm of the input that it multiplies.
+
+    Args:
+      params: tree whose scored leaves are kernels `[..., in, out]`.
+      input_norms: tree with the same paths: `[..., in]`, the L2 norm of each input over the
+        calibration data, for a kernel that is scored; a scalar for any other leaf, whose score is
+        then its magnitude.
+
+    Raises:
+      ValueError: naming a leaf whose norms do not fit its input axis.
+
+    Source: Sun et al., A simple and effective pruning approach for large language models (2024).
+    """
+    norms = jax.tree.leaves(align(input_norms, params, name="input_norms"))
+    scores = [
+        _wanda_leaf(path, leaf, norm) for (path, leaf), norm in zip(named_leaves(params), norms)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), scores)
+
+
+def wanda_score(
+    kernel: Float[Array, "*l i o"], input_norm: Float[Array, "*l i"]
+) -> Float[Array, "*l i o"]:
+    """`|kernel| * input_norm` along the input axis, in float32 at least."""
+    return jnp.abs(_wide(kernel)) * _wide(input_norm)[..., :, None]
+
+
+def _wanda_leaf(path: str, leaf: Any, norm: Any) -> Any:
+    if not _is_float(leaf):
+        return leaf
+    if is_dense(norm):
+        return jnp.abs(_wide(leaf))
+    if leaf.ndim < 2 or norm.shape != leaf.shape[:-1]:
+        raise ValueError(
+            f"leaf {path!r} has shape {leaf.shape}: its input norms must have shape "
+            f"{leaf.shape[:-1]}, not {norm.shape}"
+        )
+    return wanda_score(leaf, norm)
+
+
+def _wide(leaf: Array) -> Array:
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+def _is_float(leaf: Any) -> bool:
+    return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)

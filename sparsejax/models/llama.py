@@ -1,0 +1,605 @@
+"""The LLaMA family of decoders: LLaMA 2 and 3, TinyLlama, SmolLM2, Qwen2.5 and Mistral.
+
+The blocks are one `DecoderBlock` whose parameters have a leading layer axis, run by `jax.lax.scan`,
+so tracing and compilation cost the same at any depth. Every projection is a matrix `[in, out]`
+(`[layers, in, out]` in the stack): the contracted axis, along which N:M groups run, is always -2.
+
+Source: Touvron et al., "Llama 2", 2023; Grattafiori et al., "The Llama 3 Herd of Models", 2024;
+Su et al., "RoFormer", 2021 (rotary embedding); Shazeer, "GLU Variants", 2020 (SwiGLU).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+from sparsejax.core.selection import path_name
+from sparsejax.models.decoding import DType, KVCache, check_cache, write_layer
+
+Rope = tuple[Float[Array, "#b t half"], Float[Array, "#b t half"]]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are changed to reach contexts beyond those of pre-training.
+
+    kind: `"linear"` divides every frequency by `factor`; `"dynamic"` enlarges the base with the
+        length of the sequence once that passes `original_max_seq_len` (NTK-aware); `"llama3"`
+        divides the low frequencies alone, with a smooth band in between.
+    factor: the ratio of the new context to the old, at least 1.
+    low_freq_factor, high_freq_factor: edges of llama3's band, in turns per original context.
+    original_max_seq_len: context of pre-training, in tokens; required by dynamic and llama3.
+
+    Source: Chen et al., 2023 (linear); LLaMA 3.1 (llama3); dynamic and the names as in Hugging Face
+    Transformers.
+    """
+
+    kind: Literal["linear", "dynamic", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int | None = None
+
+    def __post_init__(self) -> None:
+        kinds = ("linear", "dynamic", "llama3")
+        _require(self.kind in kinds, f"kind is {self.kind!r}; allowed are {', '.join(kinds)}.")
+        _require(self.factor >= 1, f"factor is {self.factor}; it must be at least 1.")
+        _require(
+            self.kind == "linear" or (self.original_max_seq_len or 0) > 0,
+            f"original_max_seq_len is {self.original_max_seq_len}; kind={self.kind!r} needs a "
+            "positive number of tokens.",
+        )
+        _require(
+            0 < self.low_freq_factor < self.high_freq_factor,
+            f"low_freq_factor is {self.low_freq_factor} and high_freq_factor is "
+            f"{self.high_freq_factor}; both must be positive and the first the smaller.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Static description of a decoder; hashable, so it may be a static argument of `jit`.
+
+    vocab_size, d_model, n_layers, n_heads, d_ff, max_seq_len: sizes; `max_seq_len` is the longest
+        sequence that the model accepts, in tokens.
+    n_kv_heads: key and value heads, a divisor of `n_heads`; None means `n_heads`. Read `kv_heads`.
+    head_dim: width of a head, even; None means `d_model // n_heads`. Read `head_width`.
+    rope_theta, rope_scaling: base of the rotary frequencies and what changes them.
+    norm_eps: added to the mean square in every norm.
+    tie_embeddings: the head is the transposed embedding.
+    qkv_bias: biases on queries, keys and values (Qwen2); there are no others.
+    sliding_window: each token sees itself and the `sliding_window - 1` before it (Mistral).
+    embed_std: standard deviation of the initial embedding; matrices have `1 / sqrt(in)`.
+    remat: the backward pass recomputes whole blocks from their inputs; without it, all but the
+        outputs of the projections.
+    dtype, param_dtype: of the activations and of the parameters. Softmax, statistics of the norms,
+        rotation and logits are float32 whatever `dtype` is.
+
+    Raises ValueError for sizes that cannot be, naming the field.
+    """
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    d_ff: int
+    max_seq_len: int
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    sliding_window: int | None = None
+    embed_std: float = 0.02
+    remat: bool = False
+    dtype: DType = "float32"
+    param_dtype: DType = "float32"
+
+    def __post_init__(self) -> None:
+        optional = ("n_kv_heads", "head_dim", "sliding_window")
+        sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "max_seq_len")
+        for name in (*sizes, *optional):
+            value = getattr(self, name)
+            fits = (isinstance(value, int) and value > 0) or (value is None and name in optional)
+            _require(fits, f"{name} is {value!r}; it must be a positive integer.")
+        for name in ("rope_theta", "norm_eps", "embed_std"):
+            value = getattr(self, name)
+            _require(value > 0, f"{name} is {value}; it must be positive.")
+        for name in ("dtype", "param_dtype"):
+            value, allowed = getattr(self, name), ("float32", "bfloat16")
+            _require(value in allowed, f"{name} is {value!r}; allowed are {', '.join(allowed)}.")
+        _require(
+            self.n_heads % self.kv_heads == 0,
+            f"n_kv_heads is {self.n_kv_heads}; it must divide n_heads, which is {self.n_heads}.",
+        )
+        _require(
+            self.head_dim is not None or self.d_model % self.n_heads == 0,
+            f"n_heads is {self.n_heads}; it must divide d_model, which is {self.d_model}, "
+            "unless head_dim is given.",
+        )
+        _require(
+            self.head_width % 2 == 0,
+            f"head_dim is {self.head_width}; it must be even, for rotary pairs.",
+        )
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head."""
+        return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
+
+
+def _llama(vocab: int, d: int, layers: int, heads: tuple[int, int], ff: int, ctx: int, **options):
+    return LlamaConfig(
+        vocab, d, layers, heads[0], ff, max_seq_len=ctx, n_kv_heads=heads[1], **options
+    )
+
+
+_LLAMA32 = {
+    "rope_theta": 5e5,
+    "rope_scaling": RopeScaling("llama3", 32.0, original_max_seq_len=8192),
+    "tie_embeddings": True,
+}
+
+_QWEN25 = {"rope_theta": 1e6, "norm_eps": 1e-6, "tie_embeddings": True, "qkv_bias": True}
+
+LLAMA_SIZES: Mapping[str, LlamaConfig] = MappingProxyType(
+    {
+        "laptop": _llama(128, 96, 2, (4, 4), 256, 64),
+        "1m": _llama(2048, 128, 4, (4, 4), 352, 256, tie_embeddings=True),
+        "10m": _llama(8192, 320, 6, (5, 5), 864, 512, tie_embeddings=True),
+        "60m": _llama(32000, 512, 8, (8, 8), 1376, 1024),
+        "135m": _llama(49152, 576, 30, (9, 3), 1536, 8192, rope_theta=1e5, tie_embeddings=True),
+        "350m": _llama(32000, 1024, 24, (16, 16), 2736, 1024),
+        "tinyllama-1.1b": _llama(32000, 2048, 22, (32, 4), 5632, 2048),
+        "llama-2-7b": _llama(32000, 4096, 32, (32, 32), 11008, 4096),
+        "llama-2-13b": _llama(32000, 5120, 40, (40, 40), 13824, 4096),
+        "llama-3-8b": _llama(128256, 4096, 32, (32, 8), 14336, 8192, rope_theta=5e5),
+        "llama-3.2-1b": _llama(128256, 2048, 16, (32, 8), 8192, 131072, **_LLAMA32),
+        "llama-3.2-3b": _llama(128256, 3072, 28, (24, 8), 8192, 131072, **_LLAMA32),
+        "qwen2.5-0.5b": _llama(151936, 896, 24, (14, 2), 4864, 32768, **_QWEN25),
+        "mistral-7b": _llama(32000, 4096, 32, (32, 8), 14336, 32768, sliding_window=4096),
+    }
+)
+"""Named configurations. `laptop` has 0.25 M parameters, `1m` to `350m` are a ladder for scaling
+studies (`135m` is SmolLM2-135M), and the rest are the published models of those names."""
+
+
+def llama_config(name: str, **overrides) -> LlamaConfig:
+    """The configuration called `name` in `LLAMA_SIZES`, with fields replaced by `overrides`.
+
+    Raises ValueError for an unknown name, and as `LlamaConfig` does.
+
+    >>> llama_config("laptop", n_layers=4).n_layers
+    4
+    """
+    _require(name in LLAMA_SIZES, f"name is {name!r}; known are {', '.join(LLAMA_SIZES)}.")
+    return dataclasses.replace(LLAMA_SIZES[name], **overrides)
+
+
+def parameter_count(config: LlamaConfig) -> int:
+    """Number of parameters of `Llama(config)`; a tied head counts once."""
+    d, width = config.d_model, config.head_width
+    q, kv = config.n_heads * width, config.kv_heads * width
+    bias = q + 2 * kv if config.qkv_bias else 0
+    block = 2 * d * (q + kv) + bias + 3 * d * config.d_ff + 2 * d
+    vocabulary = config.vocab_size * d * (1 if config.tie_embeddings else 2)
+    return vocabulary + config.n_layers * block + d
+
+
+def rope_tables(config: LlamaConfig, positions: Int[Array, "#b t"]) -> Rope:
+    """Cosine and sine of the rotary angles, each float32 `[b, t, head_width / 2]`.
+
+    Angle j of position p is `p * theta ** (-2 j / head_width)`, then scaled as
+    `config.rope_scaling` says. For `"dynamic"` the length of the sequence is the largest position
+    plus one, over the whole batch.
+
+    Source: Su et al., 2021, equation 34, in the Hugging Face layout (pairs `j, j + head_width/2`).
+    """
+    width, scaling = config.head_width, config.rope_scaling
+    exponents = np.arange(0, width, 2, dtype=np.float64) / width
+    frequencies = config.rope_theta**-exponents
+    growth = None
+    if scaling is not None and scaling.kind == "linear":
+        frequencies = frequencies / scaling.factor
+    elif scaling is not None and scaling.kind == "llama3":
+        turns = cast(int, scaling.original_max_seq_len) * frequencies / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
+    elif scaling is not None:
+        original = cast(int, scaling.original_max_seq_len)
+        length = jnp.maximum(jnp.max(positions) + 1, original).astype(jnp.float32)
+        # A width of 2 has the one exponent 0, which no base changes.
+        power = (-exponents * width / max(width - 2, 1)).astype(np.float32)
+        growth = (scaling.factor * length / original - (scaling.factor - 1)) ** power
+    angles = positions.astype(jnp.float32)[..., None] * frequencies.astype(np.float32)
+    angles = angles if growth is None else angles * growth
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _rotate(x: Float[Array, "b t heads width"], rope: Rope) -> Float[Array, "b t heads width"]:
+    cos, sin = (table[:, :, None, :] for table in rope)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def _visible(
+    queries: Int[Array, "t"], keys: Int[Array, "s"], window: int | None
+) -> Bool[Array, "t s"]:
+    distance = queries[:, None] - keys[None, :]
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def _attend(
+    q: Float[Array, "b t heads width"],
+    k: Float[Array, "b s kv_heads width"],
+    v: Float[Array, "b s kv_heads width"],
+    visible: Bool[Array, "t s"],
+) -> Float[Array, "b t heads width"]:
+    """Softmax attention; query head h reads key head `h // (heads / kv_heads)`."""
+    b, t, heads, width = q.shape
+    grouped = q.reshape(b, t, k.shape[2], heads // k.shape[2], width)
+    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible, scores * width**-0.5, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    # The sum divides the output, not the weights: s / width times fewer divisions.
+    total = jnp.einsum("bkgts->btkg", weights)[..., None]
+    out = jnp.einsum(
+        "bkgts,bskd->btkgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    return (out / total).reshape(q.shape).astype(q.dtype)
+
+
+def _kernel_init(key: PRNGKeyArray, shape: tuple[int, ...], dtype) -> Array:
+    return jax.random.normal(key, shape, dtype) * jnp.asarray(shape[-2] ** -0.5, dtype)
+
+
+class RMSNorm(nnx.Module):
+    """`scale * x / sqrt(mean(x^2) + eps)` over the last axis, in float32 (Zhang, 2019)."""
+
+    def __init__(self, width: int, *, eps: float = 1e-5, param_dtype: DType = "float32"):
+        self.scale = nnx.Param(jnp.ones((width,), param_dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        """The normalised `x`, in the dtype of `x`."""
+        wide = x.astype(jnp.float32)
+        inverse = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * inverse * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def _matrix_dot_general(x: Array, kernel: Array, dimensions, **options) -> Array:
+    """`lax.dot_general` over a flattened batch.
+
+    XLA's CPU backend takes three times as long over the kernel's gradient if tokens span two axes.
+    """
+    flat = lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
+    return flat.reshape(*x.shape[:-1], kernel.shape[1])
+
+
+def _linear(config: LlamaConfig, size_in: int, size_out: int, rngs: nnx.Rngs, **options):
+    return nnx.Linear(
+        size_in,
+        size_out,
+        use_bias=options.pop("use_bias", False),
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        kernel_init=_kernel_init,
+        dot_general=_matrix_dot_general,
+        rngs=rngs,
+        **options,
+    )
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention with rotary positions: `q_proj`, `k_proj`, `v_proj`, `o_proj`.
+
+    Source: Ainslie et al., "GQA", 2023; Jiang et al., "Mistral 7B", 2023 (sliding window).
+    """
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        width, bias = config.head_width, config.qkv_bias
+        wide, narrow = config.n_heads * width, config.kv_heads * width
+        self.config = config
+        self.q_proj = _linear(config, config.d_model, wide, rngs, use_bias=bias)
+        self.k_proj = _linear(config, config.d_model, narrow, rngs, use_bias=bias)
+        self.v_proj = _linear(config, config.d_model, narrow, rngs, use_bias=bias)
+        self.o_proj = _linear(config, wide, config.d_model, rngs)
+
+    def project(
+        self, x: Float[Array, "b t d"], rope: Rope
+    ) -> tuple[
+        Float[Array, "b t heads width"],
+        Float[Array, "b t kv_heads width"],
+        Float[Array, "b t kv_heads width"],
+    ]:
+        """Rotated queries, rotated keys, and values."""
+        q, k, v = (
+            projection(x).reshape(*x.shape[:2], -1, self.config.head_width)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return _rotate(q, rope), _rotate(k, rope), v
+
+    def __call__(self, x: Float[Array, "b t d"], rope: Rope) -> Float[Array, "b t d"]:
+        """Attention among the tokens of `x`; `rope` as from `rope_tables`."""
+        q, k, v = self.project(x, rope)
+        order = jnp.arange(x.shape[1])
+        out = _attend(q, k, v, _visible(order, order, self.config.sliding_window))
+        return self.o_proj(out.reshape(*x.shape[:2], -1))
+
+    def decode(
+        self, x: Float[Array, "b t d"], rope: Rope, cache: KVCache, layer: Int[Array, ""]
+    ) -> tuple[Float[Array, "b t d"], KVCache]:
+        """Attention of `x` to the cache of `layer` and itself; the cache with `x` written in."""
+        q, k, v = self.project(x, rope)
+        cache, k, v = write_layer(cache, layer, k, v)
+        queries = cache.length + jnp.arange(x.shape[1], dtype=jnp.int32)
+        slots = jnp.arange(k.shape[1], dtype=jnp.int32)
+        visible = _visible(queries, slots, self.config.sliding_window)
+        out = _attend(q, k.astype(x.dtype), v.astype(x.dtype), visible)
+        return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU: `down_proj(silu(gate_proj(x)) * up_proj(x))`."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.gate_proj = _linear(config, config.d_model, config.d_ff, rngs)
+        self.up_proj = _linear(config, config.d_model, config.d_ff, rngs)
+        self.down_proj = _linear(config, config.d_ff, config.d_model, rngs)
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        """The block's second residual branch."""
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderBlock(nnx.Module):
+    """Pre-norm residual block: attention, then feed-forward."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        norm = {"eps": config.norm_eps, "param_dtype": config.param_dtype}
+        self.config = config
+        self.attention_norm = RMSNorm(config.d_model, **norm)
+        self.attention = Attention(config, rngs=rngs)
+        self.ffn_norm = RMSNorm(config.d_model, **norm)
+        self.ffn = FeedForward(config, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b t d"], rope: Rope | None = None) -> Float[Array, "b t d"]:
+        """The residual stream after this block; `rope` defaults to positions `0 .. t - 1`."""
+        if rope is None:
+            rope = rope_tables(self.config, jnp.arange(x.shape[1])[None])
+        x = x + self.attention(self.attention_norm(x), rope)
+        return x + self.ffn(self.ffn_norm(x))
+
+    def decode(
+        self, x: Float[Array, "b t d"], rope: Rope, cache: KVCache, layer: Int[Array, ""]
+    ) -> tuple[Float[Array, "b t d"], KVCache]:
+        """As `__call__`, reading and writing the cache of `layer`."""
+        attended, cache = self.attention.decode(self.attention_norm(x), rope, cache, layer)
+        x = x + attended
+        return x + self.ffn(self.ffn_norm(x)), cache
+
+
+class Llama(nnx.Module):
+    """A decoder-only language model; `nnx.split` gives a graph and exactly its parameters.
+
+    Paths: `embed/embedding [vocab, d]`, `blocks/attention/q_proj/kernel [layers, in, out]` and so
+    on, `norm/scale [d]`, and `head/kernel [d, vocab]` unless the embeddings are tied.
+    Call it under `jit`: outside, the loop over the blocks is compiled anew at every call.
+
+    >>> model = Llama(llama_config("laptop"), rngs=nnx.Rngs(0))
+    >>> graphdef, params = nnx.split(model)
+    >>> nnx.merge(graphdef, params)(jnp.zeros((1, 8), jnp.int32)).shape
+    (1, 8, 128)
+    """
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        @nnx.split_rngs(splits=config.n_layers)
+        @nnx.vmap
+        def stack(rngs: nnx.Rngs) -> DecoderBlock:
+            return DecoderBlock(config, rngs=rngs)
+
+        self.config = config
+        self.embed = nnx.Embed(
+            config.vocab_size,
+            config.d_model,
+            param_dtype=jnp.dtype(config.param_dtype),
+            embedding_init=nnx.initializers.normal(config.embed_std),
+            rngs=rngs,
+        )
+        self.blocks = stack(rngs)
+        self.norm = RMSNorm(config.d_model, eps=config.norm_eps, param_dtype=config.param_dtype)
+        if not config.tie_embeddings:
+            self.head = _linear(
+                config,
+                config.d_model,
+                config.vocab_size,
+                rngs,
+                preferred_element_type=jnp.float32,
+            )
+
+    def __call__(
+        self, tokens: Int[Array, "b t"], *, positions: Int[Array, "#b t"] | None = None
+    ) -> Float[Array, "b t v"]:
+        """Logits of the next token, float32.
+
+        positions: rotary positions, `0 .. t - 1` by default; who sees whom follows the order of
+        `tokens` whatever they are. A token outside the vocabulary gives NaN.
+        Raises ValueError if `t` exceeds `max_seq_len`. Differentiable in the parameters.
+        """
+        return self.logits(self.hidden(tokens, positions=positions))
+
+    def hidden(
+        self, tokens: Int[Array, "b t"], *, positions: Int[Array, "#b t"] | None = None
+    ) -> Float[Array, "b t d"]:
+        """The residual stream after the last norm, in `config.dtype`; arguments as `__call__`."""
+        limit = self.config.max_seq_len
+        _require(
+            tokens.shape[1] <= limit,
+            f"tokens has {tokens.shape[1]} positions; max_seq_len allows {limit}.",
+        )
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1])[None]
+        rope = rope_tables(self.config, positions)
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def body(x, params):
+            return nnx.merge(graphdef, params)(x, rope), None
+
+        # Stacking every residual of every layer costs half a training step on CPU, and memory
+        # anywhere; without `remat` the outputs of the projections alone are kept.
+        keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        # The loop's boundary already keeps XLA from merging the two forward passes.
+        body = jax.checkpoint(body, prevent_cse=False, policy=None if self.config.remat else keep)
+        x, _ = lax.scan(body, self.embedded(tokens), stacked)
+        return self.norm(x)
+
+    def embedded(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """The embeddings of `tokens` in `config.dtype`: what the first block reads."""
+        return self.embed(tokens).astype(self.config.dtype)
+
+    def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+        """Logits of a normed residual stream, float32."""
+        if not self.config.tie_embeddings:
+            return self.head(hidden)
+        table = self.embed.embedding[...].astype(hidden.dtype)
+        return jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
+
+    def decode(
+        self, tokens: Int[Array, "b t"], cache: KVCache, *, last_only: bool = False
+    ) -> tuple[Float[Array, "b n v"], KVCache]:
+        """Logits of `tokens` as the continuation of what `cache` holds, and the cache after them.
+
+        The same call prefills and steps. last_only: compute the logits of the last token alone
+        (`n = 1`; otherwise `n = t`), which a long prompt wants.
+        The logits equal those of a full forward pass, with one exception: `"dynamic"` RoPE scaling
+        beyond its original length, where cached keys keep the rotation of their time.
+        Raises ValueError if the cache does not fit model or batch, or is too short. A length that
+        is traced cannot be compared: there, an overflow turns all the logits into NaN.
+        """
+        check_cache(cache, self.config, tokens.shape)
+        room, end = cache.k.shape[2], cache.length + tokens.shape[1]
+        positions = cache.length + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        rope = rope_tables(self.config, positions)
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def body(carry, params):
+            # The caches are carried, not scanned over, so that XLA updates them in place.
+            x, cache, layer = carry
+            x, cache = nnx.merge(graphdef, params).decode(x, rope, cache, layer)
+            return (x, cache, layer + 1), None
+
+        carry = (self.embedded(tokens), cache, jnp.zeros((), jnp.int32))
+        (x, cache, _), _ = lax.scan(body, carry, stacked)
+        x = jnp.where(end > room, jnp.nan, x[:, -1:] if last_only else x)
+        return self.logits(self.norm(x)), cache._replace(length=end)
+
+    def block(self, i: int) -> DecoderBlock:
+        """A standalone copy of block `i`. Raises ValueError if there is none."""
+        self._check_layer(i)
+        graphdef, stacked = nnx.split(self.blocks)
+        return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[i], stacked))
+
+    def set_block(self, i: int, block: DecoderBlock) -> None:
+        """Writes the parameters of `block` into block `i`. Raises ValueError if there is none."""
+        self._check_layer(i)
+        stacked = nnx.state(self.blocks)
+        written = jax.tree.map(lambda s, p: s.at[i].set(p), stacked, nnx.state(block))
+        nnx.update(self.blocks, written)
+
+    def _check_layer(self, i: int) -> None:
+        last = self.config.n_layers - 1
+        _require(0 <= i <= last, f"i is {i}; this model has blocks 0 to {last}.")
+
+
+LOGICAL_AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "embed/embedding": ("vocab", "embed"),
+        "head/kernel": ("embed", "vocab"),
+        "q_proj/kernel": ("embed", "heads"),
+        "o_proj/kernel": ("heads", "embed"),
+        "down_proj/kernel": ("mlp", "embed"),
+        "q_proj/bias": ("heads",),
+        **{f"{name}/kernel": ("embed", "kv") for name in ("k_proj", "v_proj")},
+        **{f"{name}/bias": ("kv",) for name in ("k_proj", "v_proj")},
+        **{f"{name}/kernel": ("embed", "mlp") for name in ("gate_proj", "up_proj")},
+        **{f"{name}/scale": ("embed",) for name in ("norm", "attention_norm", "ffn_norm")},
+    }
+)
+"""What each axis of a parameter means, by the end of its path; the stack puts `layers` in front."""
+
+DEFAULT_RULES: Mapping[str, str | None] = MappingProxyType(
+    {"vocab": "model", "heads": "model", "mlp": "model"}
+)
+"""Logical axis to mesh axis, as tensor parallelism wants it; the rest is replicated."""
+
+
+def logical_axes(path: str, ndim: int) -> tuple[str, ...]:
+    """Names of the axes of the parameter at `path`, for example `("layers", "embed", "heads")`.
+
+    Only the last two parts of `path` count. Raises ValueError if `Llama` has no such parameter or
+    it has neither `ndim` axes nor, without the layer axis, one fewer.
+    """
+    names = LOGICAL_AXES.get("/".join(path.split("/")[-2:]))
+    _require(
+        names is not None,
+        f"path is {path!r}; the parameters of Llama end in {', '.join(LOGICAL_AXES)}.",
+    )
+    names = cast(tuple[str, ...], names)
+    extra = ndim - len(names)
+    _require(
+        extra in (0, 1), f"{path} has {ndim} axes; it must be {names} or ('layers', *{names})."
+    )
+    return ("layers",) * extra + names
+
+
+def param_specs(
+    params: PyTree, rules: Mapping[str, str | tuple[str, ...] | None] = DEFAULT_RULES
+) -> PyTree:
+    """The PartitionSpec of every leaf, in the structure of `params`.
+
+    params: `nnx.split(model)[1]`, its abstract twin, or any tree whose paths end as the
+        parameters' do: a mask tree, one block, the state of an Adam. Scalars are replicated.
+    rules: logical axis (`vocab, embed, heads, kv, mlp, layers`) to mesh axis or axes.
+
+    Raises ValueError for an unknown logical axis or parameter.
+
+    >>> specs = param_specs(params)
+    >>> shardings = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs)
+    >>> params = jax.device_put(params, shardings)
+    """
+    known = {"layers"}.union(*LOGICAL_AXES.values())
+    _require(
+        set(rules) <= known,
+        f"rules names {sorted(set(rules) - known)}; logical axes are {', '.join(sorted(known))}.",
+    )
+
+    def spec(path, leaf) -> PartitionSpec:
+        if np.ndim(leaf) == 0:
+            return PartitionSpec()
+        names = logical_axes(path_name(path), np.ndim(leaf))
+        return PartitionSpec(*(rules.get(name) for name in names))
+
+    return jax.tree_util.tree_map_with_path(spec, params)

@@ -1,0 +1,73 @@
+"""Sparse weights: training, pruning and storing them."""
+
+from sparsejax.weights.baselines import (
+    AstState,
+    ast_adamw,
+    maskllm_hard_mask,
+    maskllm_init,
+    maskllm_mask,
+)
+from sparsejax.weights.cast import (
+    CAST_PATTERN,
+    AdamSState,
+    ScaledLinear,
+    adams,
+    cast_loss,
+    check_reach,
+    decay_budget,
+    finish,
+    fold_and_prune,
+    groups_in_pattern,
+    init_scales,
+    scale_params,
+    scaled_kernel,
+    sparsity_report,
+)
+from sparsejax.weights.compact import (
+    Compressed24,
+    compress_2to4,
+    decompress_2to4,
+    load_compact,
+    save_compact,
+    unpack_indices,
+)
+from sparsejax.weights.one_shot import (
+    ActivationStats,
+    activation_stats,
+    magnitude_mask,
+    merge_stats,
+    wanda_mask,
+)
+
+__all__ = [
+    "CAST_PATTERN",
+    "ActivationStats",
+    "AdamSState",
+    "AstState",
+    "Compressed24",
+    "ScaledLinear",
+    "activation_stats",
+    "adams",
+    "ast_adamw",
+    "cast_loss",
+    "check_reach",
+    "compress_2to4",
+    "decay_budget",
+    "decompress_2to4",
+    "finish",
+    "fold_and_prune",
+    "groups_in_pattern",
+    "init_scales",
+    "load_compact",
+    "magnitude_mask",
+    "maskllm_hard_mask",
+    "maskllm_init",
+    "maskllm_mask",
+    "merge_stats",
+    "save_compact",
+    "scale_params",
+    "scaled_kernel",
+    "sparsity_report",
+    "unpack_indices",
+    "wanda_mask",
+]

@@ -1,0 +1,483 @@
+"""CAST: continuous adaptive sparse training of N:M language models.
+
+The forward pass stays dense all along. AdamS pushes the weights that the current mask would remove
+towards zero, weakly at first and fully at the end; a small learnable scale per group of rows
+offsets the shrinkage, and the frozen dense model teaches the sparse one.
+
+Source: CAST: Continuous and differentiable semi-structured sparsity-aware training for large
+language models (2025, arXiv 2509.25996). The authors published no code; where the paper is silent
+the docstrings say what was chosen.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from sparsejax.core.accounting import flips as count_flips
+from sparsejax.core.masks import apply_masks, check_masks, make_masks
+from sparsejax.core.patterns import NM, Pattern
+from sparsejax.core.scores import magnitude
+from sparsejax.core.selection import (
+    Where,
+    is_array,
+    is_concrete,
+    is_dense,
+    map_selected,
+    named_leaves,
+)
+
+LearningRate: TypeAlias = float | Float[Array, ""] | Callable[[Any], Any]
+CAST_PATTERN = NM(2, 4, ties="lowest")
+
+
+class AdamSState(NamedTuple):
+    """State of `adams`."""
+
+    count: Int[Array, ""]  # steps done
+    mu: PyTree  # momentum of the raw gradients, structure of the parameters
+    nu: PyTree  # second moment of what was applied, structure of the parameters
+    masks: PyTree  # bool; scalar True out of scope
+    flips: Int[Array, ""]  # bits changed at the latest refresh, 0 at the first
+
+
+def adams(
+    learning_rate: LearningRate,
+    *,
+    total_steps: int,
+    l1_decay: float | Float[Array, ""],
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    mask_period: int = 10,
+    pattern: Pattern = CAST_PATTERN,
+    where: Where = None,
+) -> optax.GradientTransformation:
+    r"""Adam that drives the weights outside an N:M mask to zero while the rest trains.
+
+    For a weight theta with mask bit m at step t of T, with a = t / T:
+
+    $$\mu_t = b_1 \mu_{t-1} + (1 - b_1) g_t, \quad
+      u_t = \mu_t \text{ if } m \text{ else } (1 - a) \mu_t + a \lambda\, sign(\theta_{t-1})$$
+    $$\nu_t = b_2 \nu_{t-1} + (1 - b_2) u_t^2, \quad
+      \theta_t = \theta_{t-1} - lr_t \frac{u_t / (1 - b_1^{t+1})}
+      {\sqrt{\nu_t / (1 - b_2^{t+1})} + \epsilon}$$
+
+    Every `mask_period` steps, the first included, the masks are made anew from the magnitudes of
+    the parameters, before they are used. Leaves out of scope get ordinary Adam. Chain
+    `optax.clip_by_global_norm` before it. `optax.apply_updates` adds the update; find the masks
+    with `get_masks`. The forward pass is not masked.
+
+    Args:
+      learning_rate: a number, traced or not, or a schedule of the step.
+      total_steps: T. It is part of the algorithm: stopping early is not a smaller T.
+      l1_decay: lambda, of the order of the gradients; may be traced.
+      b1, b2, eps: Adam's.
+      mask_period: steps between two refreshes.
+      pattern: what the masks obey. Groups run along the input axis of a kernel.
+      where: which leaves are in scope, see `selected_paths`.
+
+    Raises:
+      ValueError: total_steps < 1, l1_decay < 0 or mask_period < 1; in `init`, an in-scope leaf that
+        is not float32 (or float64), a pattern that does not fit one, or `where` that matches
+        nothing; in `update`, without params or with a mask that is missing or mis-shaped.
+
+    Source: CAST, algorithm 1 as quoted by a public re-implementation; b1, b2, eps and Adam for the
+    leaves out of scope are our choice.
+    """
+    _at_least("total_steps", total_steps, 1)
+    _at_least("mask_period", mask_period, 1)
+    _at_least("l1_decay", l1_decay, 0)
+
+    def fresh_masks(params: PyTree) -> PyTree:
+        return make_masks(magnitude(params), pattern=pattern, where=where)
+
+    def init(params: PyTree) -> AdamSState:
+        masks = fresh_masks(params)
+        _check_wide(params, masks)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        none = jnp.zeros((), jnp.int32)
+        return AdamSState(none, zeros, zeros, masks, none)
+
+    def update(
+        updates: PyTree, state: AdamSState, params: PyTree | None = None
+    ) -> tuple[PyTree, AdamSState]:
+        if params is None:
+            raise ValueError("params is None; adams decays the parameters: pass them to update")
+        check_masks(state.masks, params)
+
+        def refresh() -> tuple[PyTree, Int[Array, ""]]:
+            masks = fresh_masks(params)
+            changed = count_flips(state.masks, masks)
+            return masks, jnp.where(state.count == 0, 0, changed)
+
+        masks, flipped = lax.cond(
+            state.count % mask_period == 0, refresh, lambda: (state.masks, state.flips)
+        )
+        share = state.count / total_steps
+        mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, updates, state.mu)
+
+        def push(momentum: Array, param: Array, mask: Array) -> Array:
+            if is_dense(mask):
+                return momentum
+            a = share.astype(momentum.dtype)
+            rate = jnp.asarray(l1_decay).astype(momentum.dtype)
+            decayed = (1 - a) * momentum + a * rate * jnp.sign(param)
+            return jnp.where(mask, momentum, decayed)
+
+        pushes = jax.tree.map(push, mu, params, masks)
+        # out of scope nu is Adam's own, from the gradient; in scope it is from what is applied
+        squared = jax.tree.map(lambda u, g, m: g if is_dense(m) else u, pushes, updates, masks)
+        nu = jax.tree.map(lambda s, n: b2 * n + (1 - b2) * s * s, squared, state.nu)
+        rate = learning_rate_at(learning_rate, state.count)
+        steps = jax.tree.map(
+            lambda u, n: -adam_step(u, n, state.count, rate, b1=b1, b2=b2, eps=eps), pushes, nu
+        )
+        return steps, AdamSState(state.count + 1, mu, nu, masks, flipped)
+
+    return optax.GradientTransformation(init, update)
+
+
+def adam_step(
+    push: Float[Array, "*s"],
+    nu: Float[Array, "*s"],
+    count: Int[Array, ""],
+    learning_rate: float | Float[Array, ""],
+    *,
+    b1: float,
+    b2: float,
+    eps: float,
+) -> Float[Array, "*s"]:
+    """Adam's step for a first moment `push` and a second moment `nu`, both bias-corrected.
+
+    Args:
+      push: the numerator before bias correction.
+      count: steps done before this one.
+    """
+    done = (count + 1).astype(push.dtype)
+    rate = jnp.asarray(learning_rate).astype(push.dtype)
+    # powers in the moments' dtype: in float32 1 - b2^t is good to 1e-4 at t = 1
+    numerator = push / (1 - jnp.asarray(b1, push.dtype) ** done)
+    return rate * numerator / (jnp.sqrt(nu / (1 - jnp.asarray(b2, push.dtype) ** done)) + eps)
+
+
+def learning_rate_at(learning_rate: LearningRate, count: Any) -> Any:
+    """The learning rate of a step, from a number or a schedule."""
+    return learning_rate(count) if callable(learning_rate) else learning_rate
+
+
+def decay_budget(learning_rate: LearningRate, *, total_steps: int) -> float:
+    """About how far AdamS can move a masked weight: the sum over t of `lr_t * t / T`.
+
+    Args:
+      learning_rate: a number or a schedule of the step.
+      total_steps: T.
+
+    Raises:
+      ValueError: total_steps < 1.
+    """
+    _at_least("total_steps", total_steps, 1)
+    steps = np.arange(total_steps)
+    if callable(learning_rate):
+        rates = np.asarray(jax.vmap(learning_rate)(jnp.asarray(steps)), np.float64)
+    else:
+        rates = np.full(total_steps, float(learning_rate))
+    return float(np.sum(rates * steps / total_steps))
+
+
+def check_reach(
+    params: PyTree,
+    masks: PyTree,
+    learning_rate: LearningRate,
+    *,
+    total_steps: int,
+    margin: float = 1.5,
+    force: bool = False,
+) -> tuple[float, float]:
+    """Refuses a run whose learning rate cannot bring the masked weights to zero.
+
+    Args:
+      params, masks: the start of the run.
+      learning_rate, total_steps: see `decay_budget`.
+      margin: how many times the mean masked magnitude must be within reach.
+      force: report only.
+
+    Returns:
+      The reach and the mean magnitude of the masked weights.
+
+    Raises:
+      ValueError: with both figures, when the reach is too short and not `force`.
+    """
+    reach = decay_budget(learning_rate, total_steps=total_steps)
+    mean = float(sparsity_report(params, masks)["mean_masked"])
+    if reach < margin * mean and not force:
+        raise ValueError(
+            f"learning_rate and total_steps let a masked weight travel {reach:.3g}, and the masked "
+            f"weights' mean magnitude is {mean:.3g}: at least {margin} times that is needed (raise "
+            "the learning rate or the number of steps, or force it)"
+        )
+    return reach, mean
+
+
+def scaled_kernel(
+    kernel: Float[Array, "*l i o"], scale: Float[Array, "*l n o"]
+) -> Float[Array, "*l i o"]:
+    """Multiplies n contiguous blocks of input rows by their scale: `W[r, c] * A[r // (i/n), c]`.
+
+    Args:
+      kernel: `[in, out]`, with leading axes at will. scale: one number per block and output.
+
+    Raises:
+      ValueError: n does not divide the input axis.
+
+    Source: CAST, weight scaling (in PyTorch's layout the blocks are of columns).
+    """
+    inputs, groups = kernel.shape[-2], scale.shape[-2]
+    if groups < 1 or inputs % groups:
+        raise ValueError(f"scale has {groups} groups, which do not divide {inputs} inputs")
+    blocks = kernel.reshape(*kernel.shape[:-2], groups, inputs // groups, kernel.shape[-1])
+    return (blocks * scale[..., :, None, :]).reshape(kernel.shape)
+
+
+def fold_and_prune(
+    kernel: Float[Array, "*l i o"],
+    scale: Float[Array, "*l n o"],
+    mask: Bool[Array, "*l i o"],
+) -> Float[Array, "*l i o"]:
+    """The kernel to ship: scale folded in, pruned entries exactly zero."""
+    return jnp.where(mask, scaled_kernel(kernel, scale), jnp.zeros((), kernel.dtype))
+
+
+def init_scales(params: PyTree, *, groups: int = 2, where: Where = None) -> PyTree:
+    """Scales of one for every kernel in scope, in the structure of the parameters.
+
+    Args:
+      params: tree whose chosen leaves are kernels `[..., in, out]`.
+      groups: n, blocks of inputs; 2 for LLaMA.
+      where: which leaves, see `selected_paths`.
+
+    Returns:
+      `[..., n, out]` for a chosen leaf, the scalar 1 for any other.
+
+    Raises:
+      ValueError: naming the leaf whose input axis `groups` does not divide.
+    """
+
+    def one(path: str, leaf: Array) -> Array:
+        if groups < 1 or leaf.shape[-2] % groups:
+            raise ValueError(
+                f"groups is {groups}; it must divide axis -2 of {path!r}, of length "
+                f"{leaf.shape[-2]}"
+            )
+        return jnp.ones((*leaf.shape[:-2], groups, leaf.shape[-1]), leaf.dtype)
+
+    return map_selected(one, params, where=where, otherwise=lambda leaf: jnp.ones((), jnp.float32))
+
+
+def scale_params(params: PyTree, scales: PyTree) -> PyTree:
+    """View of the parameters with the scales multiplied in; differentiable in both.
+
+    Args:
+      params: any PyTree. scales: from `init_scales`; scalars leave their parameter alone.
+    """
+    return jax.tree.map(
+        lambda leaf, scale: leaf if is_dense(scale) else scaled_kernel(leaf, scale), params, scales
+    )
+
+
+def finish(
+    params: PyTree,
+    scales: PyTree | None = None,
+    *,
+    pattern: Pattern = CAST_PATTERN,
+    where: Where = None,
+) -> tuple[PyTree, PyTree]:
+    """The end of CAST: masks from the raw weights, then scales folded in and zeros put in.
+
+    Args:
+      params: raw weights. scales: from `init_scales`, or None.
+      pattern, where: as in training.
+
+    Returns:
+      The sparse parameters (scales folded in, so all of them are 1 from here on) and their masks.
+    """
+    masks = make_masks(magnitude(params), pattern=pattern, where=where)
+    folded = params if scales is None else scale_params(params, scales)
+    return apply_masks(folded, masks), masks
+
+
+class ScaledLinear(nnx.Module):
+    """Linear layer whose kernel carries CAST's learnable scales.
+
+    Attributes:
+      kernel: `[in, out]`. scale: `[n, out]`, ones at the start. bias: `[out]` or None.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        scale_groups: int = 2,
+        use_bias: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        if scale_groups < 1 or d_in % scale_groups:
+            raise ValueError(f"scale_groups is {scale_groups}; it must divide d_in = {d_in}")
+        init = nnx.initializers.lecun_normal()
+        self.kernel = nnx.Param(init(rngs.params(), (d_in, d_out)))
+        self.scale = nnx.Param(jnp.ones((scale_groups, d_out)))
+        self.bias = nnx.Param(jnp.zeros((d_out,))) if use_bias else None
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        """`x @ scaled_kernel + bias`."""
+        y = x @ scaled_kernel(self.kernel[...], self.scale[...])
+        return y if self.bias is None else y + self.bias[...]
+
+
+def cast_loss(
+    student_logits: Float[Array, "*b v"],
+    teacher_logits: Float[Array, "*b v"],
+    labels: Int[Array, "*b"],
+    *,
+    eta: float = 1 / 3,
+    temperature: float = 1.0,
+    ignore: int = -100,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """`eta * KL(teacher || student) + (1 - eta) * cross-entropy`, means over the labels in use.
+
+    Args:
+      student_logits: differentiated. teacher_logits: not (stop-gradient).
+      labels: class of each position; `ignore` leaves a position out.
+      eta: share of the distillation term, in [0, 1].
+      temperature: divides both logits in the KL, which is then multiplied by its square.
+
+    Returns:
+      The loss and its parts `cross_entropy` and `kl` (with temperature squared), in nats.
+
+    Raises:
+      ValueError: logits of two shapes, eta outside [0, 1], or a temperature that is not positive.
+
+    Source: CAST, equation of the training loss; eta = 1/3 for LLaMA.
+    """
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student_logits has shape {student_logits.shape}, "
+            f"teacher_logits {teacher_logits.shape}; they must be equal"
+        )
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}; it must be in [0, 1]")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be positive")
+    wide = jnp.promote_types(student_logits.dtype, jnp.float32)
+    student = student_logits.astype(wide)
+    teacher = lax.stop_gradient(teacher_logits).astype(wide)
+    used = labels != ignore
+    log_p = jax.nn.log_softmax(student)
+    picked = jnp.take_along_axis(log_p, jnp.where(used, labels, 0)[..., None], axis=-1)[..., 0]
+    log_q = jax.nn.log_softmax(teacher / temperature)
+    log_r = log_p if temperature == 1 else jax.nn.log_softmax(student / temperature)
+    divergence = jnp.sum(jnp.exp(log_q) * (log_q - log_r), axis=-1) * temperature**2
+    count = jnp.maximum(jnp.sum(used, dtype=jnp.int32), 1).astype(wide)
+    zero = jnp.zeros((), wide)
+    cross_entropy = -jnp.sum(jnp.where(used, picked, zero)) / count
+    kl = jnp.sum(jnp.where(used, divergence, zero)) / count
+    loss = eta * kl + (1 - eta) * cross_entropy
+    return loss, {"cross_entropy": cross_entropy, "kl": kl}
+
+
+def sparsity_report(params: PyTree, masks: PyTree) -> dict[str, Any]:
+    """How close the weights in scope are to their masks; works under `jit`.
+
+    Args:
+      params, masks: trees with the same paths.
+
+    Returns:
+      `kept_ratio` (S: L1 norm of the kept weights over that of all; 1 at the end of CAST),
+      `mean_masked` and `max_masked` (magnitudes of the pruned weights) as float scalars, and
+      `nonzeros`, `{path: Int}` of the leaves in scope.
+
+    Raises:
+      ValueError: masks of another structure, or no sparse leaf.
+    """
+    masks = check_masks(masks, params)
+    pairs = [
+        (path, leaf, mask)
+        for (path, leaf), mask in zip(named_leaves(params), jax.tree.leaves(masks))
+        if not is_dense(mask)
+    ]
+    if not pairs:
+        raise ValueError("masks have no sparse leaf: there is nothing to report")
+    kept = pruned = highest = pruned_count = jnp.zeros((), jnp.float32)
+    for _, leaf, mask in pairs:
+        size = jnp.abs(leaf)
+        outside = jnp.where(mask, jnp.zeros((), leaf.dtype), size)
+        wide = jnp.promote_types(leaf.dtype, jnp.float32)
+        pruned = pruned.astype(wide) + jnp.sum(outside.astype(wide))
+        kept = kept.astype(wide) + jnp.sum(jnp.where(mask, size, 0).astype(wide))
+        highest = jnp.maximum(highest.astype(wide), jnp.max(outside).astype(wide))
+        pruned_count = pruned_count + jnp.sum(~mask, dtype=jnp.float32)
+    count = jnp.maximum(pruned_count, 1).astype(pruned.dtype)
+    tiny = jnp.finfo(pruned.dtype).tiny
+    return {
+        "kept_ratio": kept / jnp.maximum(kept + pruned, tiny),
+        "mean_masked": pruned / count,
+        "max_masked": highest,
+        "nonzeros": {path: jnp.sum(leaf != 0, dtype=jnp.int32) for path, leaf, _ in pairs},
+    }
+
+
+def groups_in_pattern(
+    params: PyTree, pattern: NM, *, where: Where = None, tolerance: float = 0.01
+) -> Float[Array, ""]:
+    """Share of N:M groups that already obey the pattern; works under `jit`.
+
+    A group does when the entries that its mask would remove hold at most `tolerance` of its L1
+    norm.
+
+    Args:
+      params: any PyTree. pattern: with an axis. where: which leaves, see `selected_paths`.
+      tolerance: share of the L1 norm, at least 0.
+    """
+    inside: list[Array] = []
+    total = 0
+
+    def count(path: str, leaf: Array) -> Array:
+        nonlocal total
+        del path
+        size = jnp.abs(leaf)
+        axis = (0 if pattern.axis is None else pattern.axis) % leaf.ndim
+        if pattern.axis is None:
+            size = size.reshape(-1)
+        kept = jnp.where(pattern.mask(size), size, jnp.zeros((), size.dtype))
+        shape = (*size.shape[:axis], -1, pattern.m, pattern.stride, *size.shape[axis + 1 :])
+        all_of_group = jnp.sum(size.reshape(shape), axis=axis + 1)
+        kept_of_group = jnp.sum(kept.reshape(shape), axis=axis + 1)
+        total += all_of_group.size
+        inside.append(
+            jnp.sum(all_of_group - kept_of_group <= tolerance * all_of_group, dtype=jnp.int32)
+        )
+        return leaf
+
+    map_selected(count, params, where=where)
+    return sum(i.astype(jnp.float32) for i in inside) / total  # type: ignore[return-value]
+
+
+def _check_wide(params: PyTree, masks: PyTree) -> None:
+    for (path, leaf), mask in zip(named_leaves(params), jax.tree.leaves(masks)):
+        if is_array(leaf) and not is_dense(mask) and leaf.dtype not in (jnp.float32, jnp.float64):
+            raise ValueError(
+                f"leaf {path!r} is {leaf.dtype}; CAST needs float32 weights in scope, because its "
+                "steps are smaller than the spacing of narrower floats"
+            )
+
+
+def _at_least(name: str, value: Any, lowest: float) -> None:
+    if is_concrete(value) and not value >= lowest:
+        raise ValueError(f"{name} is {value}; it must be at least {lowest}")

@@ -1,0 +1,140 @@
+"""Pruning a trained layer at once: magnitude and Wanda, with the statistics they need.
+
+Kernels are `[in, out]`. "Sparsity" is the share of pruned weights, a mask is True where a weight
+stays. Wanda ranks the inputs of every output by themselves, magnitude ranks a whole matrix.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from sparsejax.core.patterns import NM, nm_mask
+from sparsejax.core.scores import magnitude, wanda_score
+from sparsejax.core.topk import exact_topk_mask, exact_topk_threshold
+
+
+class ActivationStats(NamedTuple):
+    """Statistics of a layer's inputs over calibration sequences, all float32."""
+
+    sum_sq: Float[Array, "i"]  # sum of squares per sequence
+    sum: Float[Array, "i"]  # sum per sequence
+    var: Float[Array, "i"]  # biased variance within a sequence
+    n_seq: int
+    n_tok: int
+
+
+def activation_stats(x: Float[Array, "s t i"]) -> ActivationStats:
+    """Statistics of calibration inputs.
+
+    Args:
+      x: s sequences of t tokens of i inputs.
+
+    Raises:
+      ValueError: no sequences or no tokens.
+
+    Source: DSnoT (2024), code: sums are per sequence, not per token.
+    """
+    sequences, tokens, _ = x.shape
+    if not sequences or not tokens:
+        raise ValueError(f"x has shape {x.shape}: there are no calibration samples")
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return ActivationStats(
+        sum_sq=jnp.sum(wide * wide, axis=(0, 1)) / sequences,
+        sum=jnp.sum(wide, axis=(0, 1)) / sequences,
+        var=jnp.mean(jnp.var(wide, axis=1), axis=0),
+        n_seq=sequences,
+        n_tok=sequences * tokens,
+    )
+
+
+def merge_stats(a: ActivationStats, b: ActivationStats) -> ActivationStats:
+    """Statistics of two sets of sequences together; variances are weighted by tokens.
+
+    Raises:
+      ValueError: statistics of layers of different width.
+    """
+    if a.sum.shape != b.sum.shape:
+        raise ValueError(f"a has {a.sum.shape[0]} inputs, b has {b.sum.shape[0]}")
+    sequences, tokens = a.n_seq + b.n_seq, a.n_tok + b.n_tok
+    return ActivationStats(
+        sum_sq=(a.sum_sq * a.n_seq + b.sum_sq * b.n_seq) / sequences,
+        sum=(a.sum * a.n_seq + b.sum * b.n_seq) / sequences,
+        var=(a.var * a.n_tok + b.var * b.n_tok) / tokens,
+        n_seq=sequences,
+        n_tok=tokens,
+    )
+
+
+def magnitude_mask(
+    w: Float[Array, "i o"],
+    *,
+    sparsity: float | None = None,
+    pattern: NM | None = None,
+    inclusive: bool = False,
+) -> Bool[Array, "i o"]:
+    """Keeps the largest magnitudes.
+
+    Args:
+      w: kernel.
+      sparsity: prunes exactly `int(size * sparsity)` weights of the matrix, among equals those
+        that come first in PyTorch's `[out, in]` order.
+      pattern: or N of every M inputs stay.
+      inclusive: the rule of the published code instead: everything at or below the
+        `int(size * sparsity)`-th smallest magnitude goes, one weight more and all ties.
+
+    Raises:
+      ValueError: not exactly one of sparsity and pattern, or a sparsity outside [0, 1).
+    """
+    _check_choice(sparsity, pattern)
+    # float32 at least, so that bfloat16 magnitudes do not tie
+    score = magnitude(w)
+    if pattern is not None:
+        return pattern.mask(score)
+    count = int(w.size * sparsity)  # type: ignore[operator]
+    flat = -score.T.reshape(-1)
+    if inclusive:
+        return score > -exact_topk_threshold(flat, count + 1)[0]
+    return ~exact_topk_mask(flat, count).reshape(w.shape[::-1]).T
+
+
+def wanda_mask(
+    w: Float[Array, "i o"],
+    stats: ActivationStats,
+    *,
+    sparsity: float | None = None,
+    pattern: NM | None = None,
+) -> Bool[Array, "i o"]:
+    """Keeps, for every output, the inputs with the largest weight times input norm.
+
+    Args:
+      w: kernel.
+      stats: of the layer's inputs.
+      sparsity: prunes exactly `int(in * sparsity)` inputs of every output, among equals the lowest
+        index first.
+      pattern: or N of every M inputs stay; among equals the lowest index goes first, whatever the
+        pattern's own tie rule.
+
+    Raises:
+      ValueError: not exactly one of sparsity and pattern, a sparsity outside [0, 1), or statistics
+        of another width.
+
+    Source: Sun et al., A simple and effective pruning approach for large language models (2024).
+    """
+    _check_choice(sparsity, pattern)
+    if stats.sum_sq.shape != w.shape[:1]:
+        raise ValueError(f"stats are of {stats.sum_sq.shape[0]} inputs, w has {w.shape[0]}")
+    score = wanda_score(w, jnp.sqrt(stats.sum_sq))
+    if pattern is not None:
+        return nm_mask(
+            score, pattern.n, pattern.m, axis=pattern.axis, stride=pattern.stride, ties="last"
+        )
+    return ~exact_topk_mask(-score, int(w.shape[0] * sparsity), axis=0)  # type: ignore[operator]
+
+
+def _check_choice(sparsity: float | None, pattern: NM | None) -> None:
+    if (sparsity is None) == (pattern is None):
+        given = "neither" if sparsity is None else "both"
+        raise ValueError(f"exactly one of sparsity and pattern is needed, {given} given")
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity is {sparsity}; it must be in [0, 1)")
