@@ -136,7 +136,7 @@ class SparsityCard:
 
     def __str__(self) -> str:
         head = ("leaf", "shape", "dtype", "kept", "density", "MFLOPs", "KiB", "packed KiB")
-        rows = [head]
+        rows: list[tuple[str, ...]] = [head]
         for leaf in self.leaves:
             rows.append(
                 (

@@ -147,9 +147,7 @@ def srste_decay(
         del params
         return optax.EmptyState()
 
-    def update(
-        updates: PyTree, state: optax.EmptyState, params: PyTree | None = None
-    ) -> tuple[PyTree, optax.EmptyState]:
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         if params is None:
             raise ValueError("params is None; srste_decay pulls on the parameters: pass them")
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from sparsejax.core.dtypes import widen
 from sparsejax.core.topk import exact_topk_mask, keep_count, ordered_bits
 
 Density = int | float | Float[Array, ""] | None
@@ -232,7 +233,7 @@ class Block:
             pooled = jnp.max(padded.reshape(split), axis=inside)
         else:
             # float32 sums: in bfloat16 many blocks would tie
-            wide = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+            wide = widen(scores)
             total = jnp.sum(jnp.pad(wide, padding).reshape(split), axis=inside)
             present = jnp.pad(jnp.ones_like(wide), padding).reshape(split)
             pooled = total / jnp.sum(present, axis=inside)
@@ -262,7 +263,7 @@ class Channel:
             raise ValueError(f"Channel: axis {self.axis} is not an axis of shape {scores.shape}")
         axis = self.axis % scores.ndim
         others = tuple(a for a in range(scores.ndim) if a != axis)
-        wide = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+        wide = widen(scores)
         total = jnp.sum(wide, axis=others)
         kept = exact_topk_mask(total, keep_count(total.size, _needed(density)), axis=None)
         return jnp.broadcast_to(jnp.expand_dims(kept, others), scores.shape)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from sparsejax.core.dtypes import widen
 from sparsejax.core.selection import align, is_array, is_dense, named_leaves
 
 
@@ -15,7 +16,7 @@ def magnitude(params: PyTree) -> PyTree:
     Args:
       params: any PyTree; leaves that are no floating-point arrays pass through.
     """
-    return jax.tree.map(lambda leaf: jnp.abs(_wide(leaf)) if _is_float(leaf) else leaf, params)
+    return jax.tree.map(lambda leaf: jnp.abs(widen(leaf)) if _is_float(leaf) else leaf, params)
 
 
 def wanda(params: PyTree, input_norms: PyTree) -> PyTree:
@@ -43,24 +44,20 @@ def wanda_score(
     kernel: Float[Array, "*l i o"], input_norm: Float[Array, "*l i"]
 ) -> Float[Array, "*l i o"]:
     """`|kernel| * input_norm` along the input axis, in float32 at least."""
-    return jnp.abs(_wide(kernel)) * _wide(input_norm)[..., :, None]
+    return jnp.abs(widen(kernel)) * widen(input_norm)[..., :, None]
 
 
 def _wanda_leaf(path: str, leaf: Any, norm: Any) -> Any:
     if not _is_float(leaf):
         return leaf
     if is_dense(norm):
-        return jnp.abs(_wide(leaf))
+        return jnp.abs(widen(leaf))
     if leaf.ndim < 2 or norm.shape != leaf.shape[:-1]:
         raise ValueError(
             f"leaf {path!r} has shape {leaf.shape}: its input norms must have shape "
             f"{leaf.shape[:-1]}, not {norm.shape}"
         )
     return wanda_score(leaf, norm)
-
-
-def _wide(leaf: Array) -> Array:
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 def _is_float(leaf: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 Where: TypeAlias = str | re.Pattern[str] | Callable[[str, Array], bool] | None
@@ -41,7 +42,7 @@ def is_array(leaf: Any) -> bool:
 
 def is_concrete(x: Any) -> bool:
     """True where the value of `x` can be looked at: outside a trace."""
-    return not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
+    return not isinstance(x, Tracer | jax.ShapeDtypeStruct)
 
 
 def named_leaves(tree: PyTree) -> Iterator[tuple[str, Any]]:

@@ -38,6 +38,7 @@ from sparsejax.weights.one_shot import (
     merge_stats,
     wanda_mask,
 )
+from sparsejax.weights.sequential import PruneMethod, capture_inputs, prune_sequential
 
 __all__ = [
     "CAST_PATTERN",
@@ -45,10 +46,12 @@ __all__ = [
     "AdamSState",
     "AstState",
     "Compressed24",
+    "PruneMethod",
     "ScaledLinear",
     "activation_stats",
     "adams",
     "ast_adamw",
+    "capture_inputs",
     "cast_loss",
     "check_reach",
     "compress_2to4",
@@ -64,6 +67,7 @@ __all__ = [
     "maskllm_init",
     "maskllm_mask",
     "merge_stats",
+    "prune_sequential",
     "save_compact",
     "scale_params",
     "scaled_kernel",

@@ -9,11 +9,12 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
+from sparsejax.core.dtypes import widen
 from sparsejax.core.masks import check_masks, make_masks
 from sparsejax.core.patterns import Pattern
 from sparsejax.core.scores import magnitude
 from sparsejax.core.selection import Where, is_concrete, is_dense
-from sparsejax.weights.cast import LearningRate, adam_step, learning_rate_at
+from sparsejax.weights.cast import LearningRate, adam_step, learning_rate_at, wide_zeros
 
 _PATTERNS_2TO4 = np.array(
     [[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]],
@@ -25,8 +26,8 @@ class AstState(NamedTuple):
     """State of `ast_adamw`."""
 
     count: Int[Array, ""]  # steps done
-    mu: PyTree  # momentum of the raw gradients
-    nu: PyTree  # second moment of what was applied
+    mu: PyTree  # momentum of the raw gradients, float32 at least
+    nu: PyTree  # second moment of what was applied, likewise
     masks: PyTree  # bool; scalar True out of scope
 
 
@@ -77,7 +78,7 @@ def ast_adamw(
             first = make_masks(magnitude(params), pattern=pattern, where=where)
         else:
             first = jax.tree.map(jnp.asarray, check_masks(masks, params))
-        zeros = jax.tree.map(jnp.zeros_like, params)
+        zeros = wide_zeros(params)
         return AstState(jnp.zeros((), jnp.int32), zeros, zeros, first)
 
     def update(
@@ -90,12 +91,14 @@ def ast_adamw(
         pull = learning_rate_at(decay, state.count)
 
         def shrink(param: Array, mask: Array) -> Array:
+            wide = widen(param)
             if is_dense(mask):
-                return param
-            return param * (1 - jnp.asarray(rate * weight_decay).astype(param.dtype))
+                return wide
+            return wide * (1 - jnp.asarray(rate * weight_decay).astype(wide.dtype))
 
         shrunk = jax.tree.map(shrink, params, state.masks)
-        mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, updates, state.mu)
+        grads = jax.tree.map(widen, updates)
+        mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, grads, state.mu)
 
         def push(momentum: Array, param: Array, mask: Array) -> Array:
             if is_dense(mask):
@@ -104,16 +107,14 @@ def ast_adamw(
             return momentum + jnp.where(mask, jnp.zeros((), param.dtype), strength * param)
 
         pushes = jax.tree.map(push, mu, shrunk, state.masks)
-        squared = jax.tree.map(
-            lambda u, g, m: g if is_dense(m) else u, pushes, updates, state.masks
-        )
+        squared = jax.tree.map(lambda u, g, m: g if is_dense(m) else u, pushes, grads, state.masks)
         nu = jax.tree.map(lambda s, n: b2 * n + (1 - b2) * s * s, squared, state.nu)
-        new = jax.tree.map(
-            lambda w, u, n: w - adam_step(u, n, state.count, rate, b1=b1, b2=b2, eps=eps),
-            shrunk,
-            pushes,
-            nu,
-        )
+
+        def move(before: Array, after: Array, push: Array, moment: Array) -> Array:
+            step = adam_step(push, moment, state.count, rate, b1=b1, b2=b2, eps=eps)
+            return (after - step).astype(before.dtype)
+
+        new = jax.tree.map(move, params, shrunk, pushes, nu)
         count = state.count + 1
         next_masks = state.masks
         if masks is None:

@@ -21,6 +21,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from sparsejax.core.accounting import flips as count_flips
+from sparsejax.core.dtypes import widen
 from sparsejax.core.masks import apply_masks, check_masks, make_masks
 from sparsejax.core.patterns import NM, Pattern
 from sparsejax.core.scores import magnitude
@@ -31,6 +32,7 @@ from sparsejax.core.selection import (
     is_dense,
     map_selected,
     named_leaves,
+    selected_paths,
 )
 
 LearningRate: TypeAlias = float | Float[Array, ""] | Callable[[Any], Any]
@@ -41,8 +43,8 @@ class AdamSState(NamedTuple):
     """State of `adams`."""
 
     count: Int[Array, ""]  # steps done
-    mu: PyTree  # momentum of the raw gradients, structure of the parameters
-    nu: PyTree  # second moment of what was applied, structure of the parameters
+    mu: PyTree  # momentum of the raw gradients, float32 at least, structure of the parameters
+    nu: PyTree  # second moment of what was applied, likewise
     masks: PyTree  # bool; scalar True out of scope
     flips: Int[Array, ""]  # bits changed at the latest refresh, 0 at the first
 
@@ -101,7 +103,7 @@ def adams(
     def init(params: PyTree) -> AdamSState:
         masks = fresh_masks(params)
         _check_wide(params, masks)
-        zeros = jax.tree.map(jnp.zeros_like, params)
+        zeros = wide_zeros(params)
         none = jnp.zeros((), jnp.int32)
         return AdamSState(none, zeros, zeros, masks, none)
 
@@ -110,7 +112,7 @@ def adams(
     ) -> tuple[PyTree, AdamSState]:
         if params is None:
             raise ValueError("params is None; adams decays the parameters: pass them to update")
-        check_masks(state.masks, params)
+        _check_scope(params, state.masks, where)
 
         def refresh() -> tuple[PyTree, Int[Array, ""]]:
             masks = fresh_masks(params)
@@ -120,24 +122,29 @@ def adams(
         masks, flipped = lax.cond(
             state.count % mask_period == 0, refresh, lambda: (state.masks, state.flips)
         )
-        share = state.count / total_steps
-        mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, updates, state.mu)
+        grads = jax.tree.map(widen, updates)
+        mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, grads, state.mu)
 
         def push(momentum: Array, param: Array, mask: Array) -> Array:
             if is_dense(mask):
                 return momentum
-            a = share.astype(momentum.dtype)
+            a = state.count.astype(momentum.dtype) / total_steps
             rate = jnp.asarray(l1_decay).astype(momentum.dtype)
             decayed = (1 - a) * momentum + a * rate * jnp.sign(param)
             return jnp.where(mask, momentum, decayed)
 
         pushes = jax.tree.map(push, mu, params, masks)
         # out of scope nu is Adam's own, from the gradient; in scope it is from what is applied
-        squared = jax.tree.map(lambda u, g, m: g if is_dense(m) else u, pushes, updates, masks)
+        squared = jax.tree.map(lambda u, g, m: g if is_dense(m) else u, pushes, grads, masks)
         nu = jax.tree.map(lambda s, n: b2 * n + (1 - b2) * s * s, squared, state.nu)
         rate = learning_rate_at(learning_rate, state.count)
         steps = jax.tree.map(
-            lambda u, n: -adam_step(u, n, state.count, rate, b1=b1, b2=b2, eps=eps), pushes, nu
+            lambda w, u, n: (
+                -adam_step(u, n, state.count, rate, b1=b1, b2=b2, eps=eps).astype(w.dtype)
+            ),
+            params,
+            pushes,
+            nu,
         )
         return steps, AdamSState(state.count + 1, mu, nu, masks, flipped)
 
@@ -165,6 +172,11 @@ def adam_step(
     # powers in the moments' dtype: in float32 1 - b2^t is good to 1e-4 at t = 1
     numerator = push / (1 - jnp.asarray(b1, push.dtype) ** done)
     return rate * numerator / (jnp.sqrt(nu / (1 - jnp.asarray(b2, push.dtype) ** done)) + eps)
+
+
+def wide_zeros(params: PyTree) -> PyTree:
+    """Zeros for the moments: in bfloat16 a second moment could not decay."""
+    return jax.tree.map(lambda w: jnp.zeros_like(widen(w)), params)
 
 
 def learning_rate_at(learning_rate: LearningRate, count: Any) -> Any:
@@ -375,15 +387,18 @@ def cast_loss(
         raise ValueError(f"eta is {eta}; it must be in [0, 1]")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be positive")
-    wide = jnp.promote_types(student_logits.dtype, jnp.float32)
-    student = student_logits.astype(wide)
+    student = widen(student_logits)
+    wide = student.dtype
     teacher = lax.stop_gradient(teacher_logits).astype(wide)
     used = labels != ignore
     log_p = jax.nn.log_softmax(student)
     picked = jnp.take_along_axis(log_p, jnp.where(used, labels, 0)[..., None], axis=-1)[..., 0]
     log_q = jax.nn.log_softmax(teacher / temperature)
     log_r = log_p if temperature == 1 else jax.nn.log_softmax(student / temperature)
-    divergence = jnp.sum(jnp.exp(log_q) * (log_q - log_r), axis=-1) * temperature**2
+    q = jnp.exp(log_q)
+    # a class that the teacher rules out adds nothing, not 0 * (inf - inf)
+    terms = jnp.where(q > 0, q * (log_q - log_r), jnp.zeros((), wide))
+    divergence = jnp.sum(terms, axis=-1) * temperature**2
     count = jnp.maximum(jnp.sum(used, dtype=jnp.int32), 1).astype(wide)
     zero = jnp.zeros((), wide)
     cross_entropy = -jnp.sum(jnp.where(used, picked, zero)) / count
@@ -414,21 +429,16 @@ def sparsity_report(params: PyTree, masks: PyTree) -> dict[str, Any]:
     ]
     if not pairs:
         raise ValueError("masks have no sparse leaf: there is nothing to report")
-    kept = pruned = highest = pruned_count = jnp.zeros((), jnp.float32)
-    for _, leaf, mask in pairs:
-        size = jnp.abs(leaf)
-        outside = jnp.where(mask, jnp.zeros((), leaf.dtype), size)
-        wide = jnp.promote_types(leaf.dtype, jnp.float32)
-        pruned = pruned.astype(wide) + jnp.sum(outside.astype(wide))
-        kept = kept.astype(wide) + jnp.sum(jnp.where(mask, size, 0).astype(wide))
-        highest = jnp.maximum(highest.astype(wide), jnp.max(outside).astype(wide))
-        pruned_count = pruned_count + jnp.sum(~mask, dtype=jnp.float32)
-    count = jnp.maximum(pruned_count, 1).astype(pruned.dtype)
-    tiny = jnp.finfo(pruned.dtype).tiny
+    sizes = [widen(jnp.abs(leaf)) for _, leaf, _ in pairs]
+    dtype = max((size.dtype for size in sizes), key=lambda d: d.itemsize)
+    outside = [jnp.where(mask, 0, size).astype(dtype) for size, (_, _, mask) in zip(sizes, pairs)]
+    total = sum(jnp.sum(size.astype(dtype)) for size in sizes)
+    pruned = sum(jnp.sum(leaf) for leaf in outside)
+    count = sum(jnp.sum(~mask, dtype=jnp.int32).astype(dtype) for _, _, mask in pairs)
     return {
-        "kept_ratio": kept / jnp.maximum(kept + pruned, tiny),
-        "mean_masked": pruned / count,
-        "max_masked": highest,
+        "kept_ratio": (total - pruned) / jnp.maximum(total, jnp.finfo(dtype).tiny),
+        "mean_masked": pruned / jnp.maximum(count, 1),
+        "max_masked": jnp.max(jnp.stack([jnp.max(leaf) for leaf in outside])),
         "nonzeros": {path: jnp.sum(leaf != 0, dtype=jnp.int32) for path, leaf, _ in pairs},
     }
 
@@ -451,7 +461,7 @@ def groups_in_pattern(
     def count(path: str, leaf: Array) -> Array:
         nonlocal total
         del path
-        size = jnp.abs(leaf)
+        size = widen(jnp.abs(leaf))
         axis = (0 if pattern.axis is None else pattern.axis) % leaf.ndim
         if pattern.axis is None:
             size = size.reshape(-1)
@@ -478,6 +488,15 @@ def _check_wide(params: PyTree, masks: PyTree) -> None:
             )
 
 
-def _at_least(name: str, value: Any, lowest: float) -> None:
+def _check_scope(params: PyTree, masks: PyTree, where: Where) -> None:
+    masks = check_masks(masks, params)
+    chosen = set(selected_paths(params, where))
+    for (path, _), mask in zip(named_leaves(params), jax.tree.leaves(masks)):
+        if is_dense(mask) == (path in chosen):
+            state = "is in scope and has no mask" if is_dense(mask) else "has a mask out of scope"
+            raise ValueError(f"leaf {path!r} {state}: the state's masks do not fit where")
+
+
+def _at_least(name: str, value: Any, lowest: int) -> None:
     if is_concrete(value) and not value >= lowest:
         raise ValueError(f"{name} is {value}; it must be at least {lowest}")

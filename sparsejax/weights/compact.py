@@ -5,12 +5,14 @@ A 2:4 weight is stored as its two values per group of four and two 2-bit indices
 """
 
 import dataclasses
+import io
 import json
 import math
 import os
 import pathlib
 import tempfile
 import zipfile
+import zlib
 from typing import Any
 
 import jax
@@ -20,7 +22,20 @@ from jaxtyping import Array, Float, PyTree, Shaped, UInt8
 
 from sparsejax.core.masks import check_masks
 from sparsejax.core.patterns import nm_mask
-from sparsejax.core.selection import is_concrete, is_dense, named_leaves
+from sparsejax.core.selection import is_array, is_concrete, is_dense, named_leaves
+
+# what reading a damaged or hostile file can raise: OverflowError is a size beyond 64 bits,
+# RuntimeError an encrypted member or a header nested too deep
+_BROKEN = (
+    ValueError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    EOFError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -121,7 +136,9 @@ def save_compact(path: str | os.PathLike[str], params: PyTree, masks: PyTree) ->
       `{"dense": bytes stored dense, "file": bytes of the file}`.
 
     Raises:
-      ValueError: masks of another structure, or a pruned entry that is not zero (names the leaf).
+      ValueError: masks of another structure, a pruned entry that is not zero (names the leaf), or
+        two leaves of one path.
+      TypeError: a leaf that is no array.
     """
     path = pathlib.Path(path)
     masks = check_masks(masks, params)
@@ -129,7 +146,11 @@ def save_compact(path: str | os.PathLike[str], params: PyTree, masks: PyTree) ->
     index: dict[str, dict[str, Any]] = {}
     dense_bytes = 0
     for i, ((name, leaf), mask) in enumerate(zip(named_leaves(params), jax.tree.leaves(masks))):
-        w = np.asarray(leaf)
+        if name in index:
+            raise ValueError(f"two leaves are called {name!r}: the file could hold only one")
+        if not is_array(leaf):
+            raise TypeError(f"leaf {name!r} is no array but {type(leaf).__name__}")
+        w = np.asarray(jnp.asarray(leaf))  # in JAX's dtype, which is what loading gives back
         dense_bytes += w.nbytes
         entry: dict[str, Any] = {"shape": list(w.shape), "dtype": str(w.dtype), "form": "dense"}
         if is_dense(mask):
@@ -166,40 +187,56 @@ def save_compact(path: str | os.PathLike[str], params: PyTree, masks: PyTree) ->
 def load_compact(path: str | os.PathLike[str]) -> dict[str, Shaped[Array, "..."]]:
     """Reads a file of `save_compact` back into dense arrays, `{path: array}`.
 
-    Nothing in the file is trusted: no pickle, and every size is checked against the header before
-    an array is made.
+    Nothing in the file is trusted: no pickle, and every claimed size is checked against what the
+    file holds before an array is made.
 
     Raises:
       ValueError: not such a file, or one whose parts do not fit together (names the leaf).
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            header = json.loads(bytes(file["header"]).decode())
+        with zipfile.ZipFile(path) as file:
+            header = json.loads(_read_array(file, "header").tobytes().decode())
+            if not isinstance(header, dict) or not isinstance(header.get("leaves"), dict):
+                raise ValueError("its header is not that of a model")
             if header.get("format") != "sparsejax.compact" or header.get("version") != 1:
                 raise ValueError("its header names another format")
             return {
                 name: _load_leaf(file, i, name, entry)
                 for i, (name, entry) in enumerate(header["leaves"].items())
             }
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, zipfile.BadZipFile) as e:
-        raise ValueError(f"{path} is not a compact model file: {e}") from e
-    except ValueError as e:
+    except _BROKEN as e:
         raise ValueError(f"{path} is not a compact model file: {e}") from e
 
 
-def _load_leaf(file: Any, i: int, name: str, entry: dict[str, Any]) -> Array:
+def _read_array(file: zipfile.ZipFile, name: str) -> np.ndarray:
+    # not np.load: it allocates what the array's own header claims before it looks at the data
+    member = file.getinfo(f"{name}.npy")
+    if member.file_size > os.path.getsize(str(file.filename)):
+        raise ValueError(f"{name} claims more bytes than the file has")
+    data = file.read(member)
+    stream = io.BytesIO(data)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError(f"{name} has an unknown array format")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    array = np.frombuffer(data, dtype, offset=stream.tell())
+    if array.size != math.prod(shape):
+        raise ValueError(f"{name} holds {array.size} values and claims shape {shape}")
+    return array.reshape(shape, order="F" if fortran else "C")
+
+
+def _load_leaf(file: zipfile.ZipFile, i: int, name: str, entry: dict[str, Any]) -> Array:
     shape = tuple(int(n) for n in entry["shape"])
     dtype = jnp.dtype(entry["dtype"])
     size = math.prod(shape)
     if min(shape, default=0) < 0 or size * dtype.itemsize > 2**44:
         raise ValueError(f"leaf {name!r}: impossible shape {shape}")
-    stored = file[f"{i}/values"].reshape(-1).view(dtype)
+    stored = _read_array(file, f"{i}/values").reshape(-1).view(dtype)
     form = entry["form"]
     if form == "dense":
         if stored.size != size:
             raise ValueError(f"leaf {name!r}: {stored.size} values for shape {shape}")
         return jnp.asarray(stored.reshape(shape))
-    packed = file[f"{i}/packed"]
+    packed = _read_array(file, f"{i}/packed")
     if form == "2:4":
         if len(shape) < 2 or shape[-2] % 4:
             raise ValueError(f"leaf {name!r}: shape {shape} cannot be 2:4")

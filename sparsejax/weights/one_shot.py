@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sparsejax.core.dtypes import widen
 from sparsejax.core.patterns import NM, nm_mask
 from sparsejax.core.scores import magnitude, wanda_score
 from sparsejax.core.topk import exact_topk_mask, exact_topk_threshold
@@ -38,7 +39,7 @@ def activation_stats(x: Float[Array, "s t i"]) -> ActivationStats:
     sequences, tokens, _ = x.shape
     if not sequences or not tokens:
         raise ValueError(f"x has shape {x.shape}: there are no calibration samples")
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = widen(x)
     return ActivationStats(
         sum_sq=jnp.sum(wide * wide, axis=(0, 1)) / sequences,
         sum=jnp.sum(wide, axis=(0, 1)) / sequences,

@@ -427,7 +427,7 @@ def test_sampling():
 
 def test_sampled_tokens_follow_the_distribution():
     model = build()
-    prompt = jnp.tile(tokens(b=1, t=4), (4000, 1))
+    prompt = jnp.tile(tokens(b=1, t=4), (2000, 1))
     logits = np.asarray(forward(model, prompt[:1])[0, -1], np.float64) / 1.5
     order = np.argsort(-logits)
 
@@ -435,19 +435,19 @@ def test_sampled_tokens_follow_the_distribution():
         out = generate(
             model, prompt, max_new_tokens=1, temperature=1.5, key=jax.random.key(0), **options
         )
-        return np.bincount(np.asarray(out[:, -1]), minlength=40) / 4000
+        return np.bincount(np.asarray(out[:, -1]), minlength=40) / 2000
 
     def softmax(kept):
         weights = np.where(kept, np.exp(logits - logits.max()), 0)
         return weights / weights.sum()
 
     everything = np.ones(40, bool)
-    np.testing.assert_allclose(frequencies(), softmax(everything), atol=0.03)
+    np.testing.assert_allclose(frequencies(), softmax(everything), atol=0.04)
     best = np.isin(np.arange(40), order[:3])
-    np.testing.assert_allclose(frequencies(top_k=3), softmax(best), atol=0.03)
+    np.testing.assert_allclose(frequencies(top_k=3), softmax(best), atol=0.04)
     cumulative = np.cumsum(softmax(everything)[order])
     nucleus = np.isin(np.arange(40), order[: 1 + np.sum(cumulative < 0.5)])
-    np.testing.assert_allclose(frequencies(top_p=0.5), softmax(nucleus), atol=0.03)
+    np.testing.assert_allclose(frequencies(top_p=0.5), softmax(nucleus), atol=0.04)
 
 
 def test_stop_token():
@@ -532,8 +532,8 @@ def test_sharded_equals_unsharded(mesh):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradient, gradient1
     )
-    out = generate(nnx.merge(graphdef, sharded), placed, max_new_tokens=3)
-    np.testing.assert_array_equal(out, generate(model, ids, max_new_tokens=3))
+    out = generate(nnx.merge(graphdef, sharded), placed[:, :9], max_new_tokens=3)
+    np.testing.assert_array_equal(out[:, 9:], jnp.argmax(forward(model, out), -1)[:, 8:-1])
 
 
 def test_logical_axes_and_specs():

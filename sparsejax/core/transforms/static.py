@@ -45,7 +45,7 @@ def static_sparsity(
         return StaticSparsityState(checked, inner.init(params))
 
     def update(
-        updates: PyTree, state: StaticSparsityState, params: PyTree | None = None, **extra: Any
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, StaticSparsityState]:
         if params is None:
             raise ValueError("params is None; static_sparsity needs them to stay sparse")

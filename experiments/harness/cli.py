@@ -1,0 +1,99 @@
+"""The command line of every experiment."""
+
+import contextlib
+import io
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.harness.config import (
+    Experiment,
+    ExperimentError,
+    as_arguments,
+    read_config,
+)
+
+
+def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None:
+    """Runs an experiment from the command line and exits.
+
+    Exit status: 0, 2 for a mistake of the user (one line on stderr), 130 after Ctrl-C.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    # heavy imports only after the arguments are known to be good
+    try:
+        config = parse(experiment, arguments)
+        from experiments.harness.run import InterruptedRunError, execute
+
+        try:
+            execute(experiment, config)
+        except InterruptedRunError as stopped:
+            print(f"\n{stopped}", file=sys.stderr)
+            sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(experiment: Experiment, arguments: Sequence[str]) -> Any:
+    """Settings from command-line arguments.
+
+    `--preset NAME` chooses the defaults; `--resume DIR` takes the settings of that run.
+
+    Raises:
+      ExperimentError: in one line, an unknown flag (with the likely one), a bad value or preset.
+    """
+    arguments = list(arguments)
+    resume = _value_of(arguments, "--resume")
+    if resume is not None:
+        if len(arguments) > 2 - any("=" in a for a in arguments):
+            raise ExperimentError("--resume takes its settings from the run: give no other flag")
+        folder = pathlib.Path(resume)
+        values = read_config(folder / "config.json")
+        arguments = as_arguments({**values, "resume": str(folder)})
+    name = _value_of(arguments, "--preset") or "laptop"
+    if name not in experiment.presets:
+        known = ", ".join(experiment.presets)
+        raise ExperimentError(f"preset is {name!r}; {experiment.slug} has {known}")
+    import tyro
+
+    default = experiment.presets[name]
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                type(default),
+                default=default,
+                args=arguments,
+                prog=f"python -m experiments.{experiment.slug}",
+                description=experiment.paper,
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ExperimentError(_condense(complaint.getvalue())) from None
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _value_of(arguments: Sequence[str], flag: str) -> str | None:
+    for i, argument in enumerate(arguments):
+        if argument == flag and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(flag + "="):
+            return argument.split("=", 1)[1]
+    return None
+
+
+def _condense(text: str) -> str:
+    """tyro's framed complaint on one line."""
+    words = [line.strip(" │╭╮╰╯─|+") for line in text.splitlines()]
+    kept = [w for w in words if w and not set(w) <= set("-─") and not w.startswith("For full help")]
+    if len(kept) > 1 and kept[1].lower().startswith((kept[0].lower(), "error parsing")):
+        kept = kept[1:]
+    return re.sub(r"\s+", " ", " ".join(kept))

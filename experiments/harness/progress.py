@@ -1,0 +1,66 @@
+"""What is seen while an experiment runs: progress bars and tables."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+
+@contextlib.contextmanager
+def training_bar(
+    console: Console, name: str, *, total: int, completed: int = 0
+) -> Iterator[Callable[[int, float, Mapping[str, float]], None]]:
+    """A progress bar with speed, time left, loss and, where it is known, density.
+
+    Yields:
+      A function of the steps done, the steps a second and the latest metrics.
+    """
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+        transient=True,
+        refresh_per_second=4,
+    )
+    with bar:
+        task = bar.add_task(name, total=total, completed=completed, speed="", status="")
+
+        def update(done: int, rate: float, metrics: Mapping[str, float]) -> None:
+            shown = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+            if "density" in metrics:
+                shown.append(f"density {metrics['density']:.3f}")
+            bar.update(task, completed=done, speed=f"{rate:.1f}/s", status="  ".join(shown))
+
+        yield update
+
+
+def make_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def mean_and_deviation(values: Sequence[float], digits: int = 3) -> str:
+    """`mean ± standard deviation` of several runs, or the one value."""
+    count = len(values)
+    mean = sum(values) / count
+    if count == 1:
+        return f"{mean:.{digits}f}"
+    deviation = (sum((v - mean) ** 2 for v in values) / (count - 1)) ** 0.5
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
