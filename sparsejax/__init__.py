@@ -7,7 +7,7 @@ NNX backbones and is imported by name.
 
 from sparsejax import core, weights
 from sparsejax.core import *  # noqa: F403
-from sparsejax.core import __all__ as _core_names
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "core", "weights", *_core_names]
+__all__ = ["__version__", "core", "weights"]
+__all__ += core.__all__

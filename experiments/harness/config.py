@@ -110,8 +110,10 @@ class Experiment:
 
 
 def as_json(config: RunConfig) -> dict[str, Any]:
-    """The settings as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """The settings as plain JSON values, without the folder they may have been resumed from."""
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    del values["resume"]
+    return values
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:

@@ -33,6 +33,7 @@ def training_bar(
         console=console,
         transient=True,
         refresh_per_second=4,
+        disable=not console.is_terminal,
     )
     with bar:
         task = bar.add_task(name, total=total, completed=completed, speed="", status="")

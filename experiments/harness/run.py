@@ -49,6 +49,10 @@ class Run:
             if self.is_main:
                 write_json(self.folder / "config.json", as_json(config))
 
+    def show(self, text: str) -> None:
+        """Prints a line as it is."""
+        self.console.print(text, soft_wrap=True, markup=False)
+
     def log(self, **values: Any) -> None:
         """Appends a line to `metrics.jsonl`."""
         if self.is_main:

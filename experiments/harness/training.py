@@ -27,7 +27,7 @@ def train(
     step: Callable[[Any, Any], tuple[Any, Mapping[str, jax.Array]]],
     batches: Any,
     steps: int,
-    inspect: Callable[[Any], Mapping[str, jax.Array]] | None = None,
+    inspect: Callable[[Any], Mapping[str, Any]] | None = None,
     mesh: Mesh | None = None,
     slug: str,
 ) -> Any:
@@ -58,6 +58,7 @@ def train(
         if checkpoints.latest() is not None:
             first, state, extra = checkpoints.restore(state)
             batches.set_state(extra["data"])
+        if run.config.resume:
             run.forget_after(trial, first)
         pending: list[jax.Array] = []
         started, begun = time.time(), first

@@ -1,6 +1,6 @@
 """What CAST is compared with: AST's optimiser and MaskLLM's learnable masks."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,7 @@ def ast_adamw(
         return AstState(jnp.zeros((), jnp.int32), zeros, zeros, first)
 
     def update(
-        updates: PyTree, state: AstState, params: PyTree | None = None
+        updates: PyTree, state: Any, params: PyTree | None = None
     ) -> tuple[PyTree, AstState]:
         if params is None:
             raise ValueError("params is None; ast_adamw decays the parameters: pass them to update")

@@ -108,7 +108,7 @@ def adams(
         return AdamSState(none, zeros, zeros, masks, none)
 
     def update(
-        updates: PyTree, state: AdamSState, params: PyTree | None = None
+        updates: PyTree, state: Any, params: PyTree | None = None
     ) -> tuple[PyTree, AdamSState]:
         if params is None:
             raise ValueError("params is None; adams decays the parameters: pass them to update")

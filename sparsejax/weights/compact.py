@@ -10,7 +10,7 @@ import json
 import math
 import os
 import pathlib
-import tempfile
+import uuid
 import zipfile
 import zlib
 from typing import Any
@@ -172,15 +172,16 @@ def save_compact(path: str | os.PathLike[str], params: PyTree, masks: PyTree) ->
     header = json.dumps({"format": "sparsejax.compact", "version": 1, "leaves": index})
     arrays["header"] = np.frombuffer(header.encode(), np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz.tmp", delete=False) as file:
-        try:
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     return {"dense": dense_bytes, "file": path.stat().st_size}
 
 
@@ -224,7 +225,9 @@ def _read_array(file: zipfile.ZipFile, name: str) -> np.ndarray:
     return array.reshape(shape, order="F" if fortran else "C")
 
 
-def _load_leaf(file: zipfile.ZipFile, i: int, name: str, entry: dict[str, Any]) -> Array:
+def _load_leaf(file: zipfile.ZipFile, i: int, name: str, entry: Any) -> Array:
+    if not isinstance(entry, dict):
+        raise ValueError(f"leaf {name!r} is not described")
     shape = tuple(int(n) for n in entry["shape"])
     dtype = jnp.dtype(entry["dtype"])
     size = math.prod(shape)

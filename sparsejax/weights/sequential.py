@@ -172,11 +172,11 @@ class _Recorder:
         return self._layer(x)
 
 
-def _child(module: Any, key: str | int) -> Any:
+def _child(module: Any, key: Any) -> Any:
     return module[key] if isinstance(key, int) else getattr(module, key)
 
 
-def _set_child(module: Any, key: str | int, value: Any) -> None:
+def _set_child(module: Any, key: Any, value: Any) -> None:
     if isinstance(key, int):
         module[key] = value
     else:

@@ -18,6 +18,12 @@ RATE, DECAY, STEPS, PERIOD = 1e-2, 0.05, 12, 5
 SHAPE = (16, 8)
 
 
+cast_loss, loss_and_grad = (
+    jax.jit(function, static_argnames=("eta", "temperature", "ignore"))
+    for function in (weights.cast_loss, jax.value_and_grad(weights.cast_loss, has_aux=True))
+)
+
+
 def close(got, wanted, tolerance=1e-10):
     wanted = np.asarray(wanted)
     atol = 0.01 * tolerance * np.abs(wanted).max(initial=0.0)
@@ -112,10 +118,8 @@ def test_distillation_vectors(reference):
         options = {name: float(case[name]) for name in ("eta", "temperature")}
         for dtype, tolerance in ((jnp.float64, 1e-10), (jnp.float32, 2e-5)):
             teacher = jnp.asarray(case["teacher_logits"], dtype)
-            (loss, parts), grad = jax.value_and_grad(
-                lambda s, t=teacher, labels=labels, o=options: weights.cast_loss(s, t, labels, **o),
-                has_aux=True,
-            )(jnp.asarray(case["student_logits"], dtype))
+            student = jnp.asarray(case["student_logits"], dtype)
+            (loss, parts), grad = loss_and_grad(student, teacher, labels, **options)
             close(loss, case["loss"], tolerance)
             close(parts["cross_entropy"], case["cross_entropy"], tolerance)
             close(parts["kl"], case["kl"], tolerance * 10)  # a difference of logarithms
@@ -567,25 +571,23 @@ LABELS = jnp.asarray([[1, 3, -100, 6], [-100, 0, 2, 5], [4, -100, -100, 0]])
 def test_ignored_labels_do_not_count():
     student, teacher = LOGITS
     used = LABELS != -100
-    loss, parts = weights.cast_loss(student, teacher, LABELS, eta=0.25)
-    alone, alone_parts = weights.cast_loss(student[used], teacher[used], LABELS[used], eta=0.25)
+    loss, parts = cast_loss(student, teacher, LABELS, eta=0.25)
+    alone, alone_parts = cast_loss(student[used], teacher[used], LABELS[used], eta=0.25)
     np.testing.assert_allclose(loss, alone, rtol=1e-6)
     same_trees(parts, alone_parts, rtol=1e-6)
     renamed = jnp.where(used, LABELS, 3)
-    other, _ = weights.cast_loss(student, teacher, jnp.where(used, LABELS, -1), ignore=-1, eta=0.25)
+    other, _ = cast_loss(student, teacher, jnp.where(used, LABELS, -1), ignore=-1, eta=0.25)
     np.testing.assert_allclose(other, loss, rtol=1e-6)
-    counted, _ = weights.cast_loss(student, teacher, renamed, eta=0.25)
+    counted, _ = cast_loss(student, teacher, renamed, eta=0.25)
     assert abs(float(counted) - float(loss)) > 1e-3
-    grad = jax.grad(lambda s: weights.cast_loss(s, teacher, LABELS)[0])(student)
+    grad = loss_and_grad(student, teacher, LABELS, eta=0.25)[1]
     assert float(jnp.abs(grad[~used]).max()) == 0.0
 
 
 def test_without_a_label_in_use_the_loss_and_its_gradient_are_zero():
     student, teacher = LOGITS
     nothing = jnp.full(LABELS.shape, -100)
-    (loss, _), grad = jax.value_and_grad(
-        lambda s: weights.cast_loss(s, teacher, nothing), has_aux=True
-    )(student)
+    (loss, _), grad = loss_and_grad(student, teacher, nothing)
     assert float(loss) == 0.0
     assert float(jnp.abs(grad).max()) == 0.0
 
@@ -597,48 +599,42 @@ def test_eta_mixes_cross_entropy_and_divergence():
     p, q = jax.nn.softmax(teacher), jax.nn.softmax(student)
     kl = jnp.sum(p * (jnp.log(p) - jnp.log(q)), axis=-1).mean()
     np.testing.assert_allclose(
-        weights.cast_loss(student, teacher, labels, eta=0.0)[0], cross_entropy, rtol=1e-5
+        cast_loss(student, teacher, labels, eta=0.0)[0], cross_entropy, rtol=1e-5
     )
-    np.testing.assert_allclose(
-        weights.cast_loss(student, teacher, labels, eta=1.0)[0], kl, rtol=1e-5
-    )
-    third, parts = weights.cast_loss(student, teacher, labels)
+    np.testing.assert_allclose(cast_loss(student, teacher, labels, eta=1.0)[0], kl, rtol=1e-5)
+    third, parts = cast_loss(student, teacher, labels)
     np.testing.assert_allclose(third, kl / 3 + 2 * cross_entropy / 3, rtol=1e-5)
     np.testing.assert_allclose(parts["kl"], kl, rtol=1e-5)
 
 
 def test_temperature_softens_the_divergence_alone():
     student, teacher = LOGITS
-    _, cold = weights.cast_loss(student / 2, teacher / 2, LABELS)
-    _, warm = weights.cast_loss(student, teacher, LABELS, temperature=2.0)
-    _, plain = weights.cast_loss(student, teacher, LABELS)
+    _, cold = cast_loss(student / 2, teacher / 2, LABELS)
+    _, warm = cast_loss(student, teacher, LABELS, temperature=2.0)
+    _, plain = cast_loss(student, teacher, LABELS)
     np.testing.assert_allclose(warm["kl"], 4 * cold["kl"], rtol=1e-5)
     np.testing.assert_array_equal(warm["cross_entropy"], plain["cross_entropy"])
-    _, same = weights.cast_loss(student, student, LABELS, temperature=2.0)
+    _, same = cast_loss(student, student, LABELS, temperature=2.0)
     np.testing.assert_allclose(same["kl"], 0.0, atol=1e-6)
 
 
 def test_the_teacher_gets_no_gradient_and_narrow_logits_a_wide_loss():
     student, teacher = LOGITS
-    grad = jax.grad(lambda t: weights.cast_loss(student, t, LABELS)[0])(teacher)
+    grad = jax.grad(lambda t: cast_loss(student, t, LABELS)[0])(teacher)
     assert float(jnp.abs(grad).max()) == 0.0
     narrow = student.astype(jnp.bfloat16)
-    (loss, parts), grad = jax.value_and_grad(
-        lambda s: weights.cast_loss(s, teacher, LABELS), has_aux=True
-    )(narrow)
+    (loss, parts), grad = loss_and_grad(narrow, teacher, LABELS)
     assert {v.dtype for v in (loss, *parts.values())} == {jnp.dtype(jnp.float32)}
     assert grad.dtype == jnp.bfloat16
-    wide, _ = weights.cast_loss(narrow.astype(jnp.float32), teacher, LABELS)
+    wide, _ = cast_loss(narrow.astype(jnp.float32), teacher, LABELS)
     np.testing.assert_allclose(loss, wide, rtol=1e-6)
 
 
 def test_a_class_that_both_rule_out_adds_nothing():
     student, teacher = LOGITS.at[..., -1].set(-jnp.inf)
     labels = jnp.minimum(jnp.maximum(LABELS, 0), 5)
-    (loss, _), grad = jax.value_and_grad(
-        lambda s: weights.cast_loss(s, teacher, labels), has_aux=True
-    )(student)
-    without, _ = weights.cast_loss(student[..., :-1], teacher[..., :-1], labels)
+    (loss, _), grad = loss_and_grad(student, teacher, labels)
+    without, _ = cast_loss(student[..., :-1], teacher[..., :-1], labels)
     np.testing.assert_allclose(loss, without, rtol=1e-6)
     assert bool(jnp.isfinite(grad).all())
 

@@ -1,0 +1,216 @@
+"""What the CAST experiment shows at its end: table, figures, models, continuations, claims."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import sparsejax as sj
+from experiments.cast_llama.config import LABELS, ONE_SHOT, TRAINED, Config
+from experiments.cast_llama.trials import Trial, mean_after
+from experiments.harness.checkpoints import Checkpoints
+from experiments.harness.config import Claim
+from experiments.harness.data import get_tokenizer
+from experiments.harness.language import LanguageModel
+from experiments.harness.plots import COLORS, draw_curves, new_figure, save
+from experiments.harness.progress import make_table, mean_and_deviation
+from experiments.harness.run import Run
+from sparsejax import weights
+from sparsejax.models import generate
+
+
+def print_table(
+    run: Run, config: Config, dense: float, trials: list[Trial], best: dict[str, list[Trial]]
+) -> None:
+    """The table of perplexities: every method at its best rate, and what the other rate gave."""
+    rows = [("dense (start)", "", f"{dense:.3f}", "", "", "", "")]
+    for name, found in sorted(best.items(), key=lambda item: mean_after(item[1])):
+        others = {t.peak for t in trials if t.method == name} - {found[0].peak}
+        other = ", ".join(
+            f"{mean_after([t for t in trials if (t.method, t.peak) == (name, rate)]):.3f}"
+            for rate in sorted(others)
+        )
+        trained = name not in ONE_SHOT
+        rows.append(
+            (
+                LABELS[name],
+                f"{found[0].peak:g}" if trained else "",
+                mean_and_deviation([t.after for t in found]),
+                f"{mean_after(found) - dense:+.3f}",
+                f"{mean_jump(found):+.2%}" if trained and name != "dense" else "",
+                f"{sum(t.kept_ratio for t in found) / len(found):.4f}" if name == "cast" else "",
+                other,
+            )
+        )
+    header = ("method", "rate", "perplexity", "to dense", "jump at pruning", "S", "other rate")
+    title = f"Validation perplexity per token at {config.pattern}, {config.seeds} seed(s)"
+    run.console.print(make_table(title, header, rows))
+
+
+def mean_jump(trials: list[Trial]) -> float:
+    """Mean relative change of the perplexity at the final pruning."""
+    return sum(t.after / t.before - 1 for t in trials) / len(trials)
+
+
+def make_claims(
+    config: Config, dense: float, trials: list[Trial], best: dict[str, list[Trial]]
+) -> tuple[Claim, ...]:
+    """The verdicts: at equal learning rate as the paper's page asks, and at everyone's best."""
+    if "cast" not in best:
+        name, found = min(best.items(), key=lambda item: mean_after(item[1]))
+        figure = f"{mean_after(found):.3f} ({LABELS[name]})"
+        return (
+            Claim("a sparse model matches dense", mean_after(found) <= dense, figure,
+                  f"{dense:.3f} (dense)", config.seeds),
+        )  # fmt: skip
+    claims = []
+    rate = config.learning_rates[0]
+    equal = {
+        name: [t for t in trials if (t.method, t.peak) == (name, rate)]
+        for name in ("cast", "naive", "srste")
+    }
+    cast = equal.pop("cast")
+    rivals = {name: mean_after(found) for name, found in equal.items() if found}
+    if rivals:
+        jump, kept = mean_jump(cast), min(t.kept_ratio for t in cast)
+        holds = mean_after(cast) < min(rivals.values()) and abs(jump) < 0.005 and kept >= 0.999
+        claims.append(
+            Claim(
+                f"CAST at {config.pattern} beats the fixed mask and SR-STE at equal learning rate "
+                f"{rate:g}, and its final pruning changes nothing",
+                holds,
+                f"perplexity {mean_after(cast):.3f}, jump {jump:+.2%}, S {kept:.4f}",
+                ", ".join(f"{LABELS[n]} {value:.3f}" for n, value in rivals.items()),
+                config.seeds,
+            )
+        )
+    sparse = {n: found for n, found in best.items() if n not in ("cast", "dense")}
+    if sparse:
+        name, found = min(sparse.items(), key=lambda item: mean_after(item[1]))
+        claims.append(
+            Claim(
+                f"CAST at {config.pattern} is the closest to dense when every method has its "
+                "better learning rate",
+                mean_after(best["cast"]) < mean_after(found),
+                f"{mean_and_deviation([t.after for t in best['cast']])}, dense {dense:.3f}",
+                f"{mean_and_deviation([t.after for t in found])} ({LABELS[name]})",
+                config.seeds,
+            )
+        )
+    return tuple(claims)
+
+
+def draw(config: Config, run: Run, trials: list[Trial], best: dict[str, list[Trial]]) -> None:
+    """Three figures: loss, share of groups in the pattern, weight magnitudes."""
+    if not run.is_main:
+        return
+    trained = {name: found for name, found in best.items() if name in TRAINED}
+
+    def curves(metric: str, skip: tuple[str, ...] = ()) -> dict[str, list[tuple[Any, Any]]]:
+        drawn = {}
+        for name, found in trained.items():
+            if name in skip:
+                continue
+            logs = [run.metrics(f"{name}-lr{t.peak:g}-seed{t.seed}") for t in found]
+            drawn[LABELS[name]] = [
+                ([x["step"] for x in log], smooth([x[metric] for x in log])) for log in logs
+            ]
+        return drawn
+
+    seeds = f"mean of {config.seeds} seeds, band from lowest to highest"
+    if trained:
+        figure, axes = new_figure(
+            f"Training loss on text, {seeds}", "training step", "cross-entropy (nats per token)"
+        )
+        draw_curves(axes, curves("cross_entropy"))
+        axes.legend(frameon=False)
+        save(figure, run.folder / "loss.png")
+        figure, axes = new_figure(
+            f"Groups that obey {config.pattern} before any pruning",
+            "training step",
+            "share of groups in the pattern",
+        )
+        draw_curves(axes, curves("groups_in_pattern", skip=("naive",)))
+        axes.set_ylim(-0.02, 1.02)
+        axes.legend(frameon=False)
+        save(figure, run.folder / "groups_in_pattern.png")
+    if "cast" in trained:
+        draw_magnitudes(config, run, trained["cast"])
+
+
+def draw_magnitudes(config: Config, run: Run, found: list[Trial]) -> None:
+    """Mean and largest magnitude of the weights that CAST's masks remove, over training."""
+    figure, axes = new_figure(
+        f"CAST: weights outside {config.pattern}", "training step", "magnitude |w|"
+    )
+    logs = [run.metrics(f"cast-lr{t.peak:g}-seed{t.seed}") for t in found]
+    steps = [[x["step"] for x in log] for log in logs]
+    for metric, label, color in (
+        ("max_masked", "largest", COLORS[1]),
+        ("mean_masked", "mean", COLORS[0]),
+    ):
+        values = np.asarray([[max(x[metric], 1e-12) for x in log] for log in logs])
+        axes.plot(steps[0], values.mean(0), color=color, label=label, linewidth=1.6)
+        axes.fill_between(steps[0], values.min(0), values.max(0), color=color, alpha=0.18)
+    axes.set_yscale("log")
+    axes.legend(frameon=False)
+    save(figure, run.folder / "weight_magnitudes.png")
+
+
+def smooth(values: list[float], width: int = 5) -> list[float]:
+    """Running mean over the last `width` entries."""
+    return [float(np.mean(values[max(0, i - width + 1) : i + 1])) for i in range(len(values))]
+
+
+def save_models(
+    config: Config, run: Run, model: LanguageModel, best: dict[str, list[Trial]]
+) -> dict[str, int]:
+    """Stores the best sparse model as a checkpoint and compressed; returns sizes in bytes."""
+    sparse = {name: found for name, found in best.items() if name != "dense"}
+    if not sparse:
+        return {}
+    found = sparse.get("cast") or min(sparse.values(), key=mean_after)
+    chosen = min(found, key=lambda t: t.after)
+    folder = run.folder / "sparse_model"
+    checkpoints = Checkpoints(folder)
+    if checkpoints.latest() is None:
+        checkpoints.save(config.steps, chosen.params, {"method": chosen.method})
+    checkpoints.close()
+    if not run.is_main or jax.process_count() > 1:
+        return {}
+    path = run.folder / "sparse_model.npz"
+    sizes = weights.save_compact(path, chosen.params, chosen.masks)
+    card = sj.summarize(chosen.params, chosen.masks)
+    run.show(
+        f"{LABELS[chosen.method]}: {folder.name} (checkpoint, {sizes['dense']:,} bytes of weights) "
+        f"and {path.name} (compressed, {sizes['file']:,} bytes); projections at density "
+        f"{card.density:.3f}, {1 - card.flops[1] / card.flops[0]:.0%} fewer operations where a "
+        "kernel skips zeros (simulated here)",
+    )
+    return sizes
+
+
+def print_samples(
+    config: Config, run: Run, model: LanguageModel, best: dict[str, list[Trial]]
+) -> None:
+    """A few greedy continuations of held-out text, dense and sparse side by side."""
+    sparse = {name: found for name, found in best.items() if name != "dense"}
+    if not sparse or model.mesh is not None:
+        return
+    found = sparse.get("cast") or min(sparse.values(), key=mean_after)
+    tokenizer = get_tokenizer(model.text.tokenizer)
+    given = config.seq_len // 2
+    starts = np.linspace(0, len(model.text.validation) - given - 1, 5).astype(int)[1:4]
+    prompts = np.stack([model.text.validation[s : s + given] for s in starts]).astype(np.int32)
+    columns = []
+    for params in (model.params, found[0].params):
+        lines = generate(nnx.merge(model.graph, params), jnp.asarray(prompts), max_new_tokens=given)
+        columns.append([tokenizer.decode(np.asarray(line)[given:]) for line in lines])
+    rows = [
+        tuple(repr(text)[1:-1] for text in (tokenizer.decode(prompt), *texts))
+        for prompt, *texts in zip(prompts, *columns)
+    ]
+    header = ("held-out text", "dense goes on", f"{LABELS[found[0].method]} goes on")
+    run.console.print(make_table("Greedy continuations", header, rows))

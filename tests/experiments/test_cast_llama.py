@@ -1,0 +1,223 @@
+"""The CAST experiment end to end: results, resuming, meshes, several processes, bad input."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.cast_llama.__main__ import EXPERIMENT, check
+from experiments.cast_llama.config import PRESETS, Config
+from experiments.harness import cli
+from experiments.harness.run import execute
+from sparsejax.weights import load_compact
+
+ROOT = pathlib.Path(__file__).parents[2]
+CLOCK = ("seconds", "commit")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def datasets(tmp_path_factory):
+    """Datasets and dense models of this module, away from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSEJAX_DATA", str(tmp_path_factory.mktemp("datasets")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def settings(out, **changes) -> Config:
+    return dataclasses.replace(PRESETS["test"], out=str(out), **changes)
+
+
+def only_run(out):
+    return max(p for p in (out / "cast_llama").iterdir() if (p / "config.json").is_file())
+
+
+def command(*arguments):
+    return [
+        sys.executable,
+        "-m",
+        "experiments.cast_llama",
+        "--preset",
+        "test",
+        *map(str, arguments),
+    ]
+
+
+def test_the_whole_experiment(out, capsys):
+    result = execute(EXPERIMENT, settings(out))
+    folder = only_run(out)
+    printed = capsys.readouterr().out
+    for piece in ("CAST", "SR-STE", "AST", "Wanda", "Greedy continuations", "claim: CAST at 2:4"):
+        assert piece in printed
+    assert f"everything is in {folder}" in printed
+    for name in ("loss", "groups_in_pattern", "weight_magnitudes"):
+        assert (folder / f"{name}.png").stat().st_size > 10_000
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["seeds"] == 2
+    perplexities = summary["metrics"]["perplexity"]
+    assert set(perplexities) == set(settings(out).methods)
+    assert all(1 < value < 200 for values in perplexities.values() for value in values)
+    sizes = summary["metrics"]["files"]
+    assert sizes["file"] < 0.65 * sizes["dense"]
+    sparse = load_compact(folder / "sparse_model.npz")
+    kernels = [w for path, w in sparse.items() if path.endswith("_proj/kernel")]
+    assert len(kernels) == 7
+    for kernel in kernels:
+        groups = np.asarray(kernel != 0).reshape(2, -1, 4, kernel.shape[-1])
+        assert groups.sum(2).max() <= 2
+    assert result.claims[0].seeds == 2
+
+
+def test_the_dense_model_is_kept_for_later_runs(out, capsys):
+    execute(EXPERIMENT, settings(out, methods=("magnitude",)))
+    assert "kept from an earlier run" in capsys.readouterr().out
+    execute(EXPERIMENT, settings(out, methods=("wanda",), dense_learning_rate=2e-3))
+    assert "kept from an earlier run" not in capsys.readouterr().out
+
+
+def test_a_run_killed_in_the_middle_resumes_to_the_same_numbers(out, tmp_path):
+    changes = {"methods": ("cast",), "seeds": 1, "steps": 400, "checkpoint_every": 20}
+    execute(EXPERIMENT, settings(tmp_path / "whole", **changes))
+    flags = ("--methods", "cast", "--seeds", "1", "--steps", "400", "--checkpoint-every", "20")
+    broken = tmp_path / "broken"
+    process = subprocess.Popen(command("--out", broken, *flags), cwd=ROOT)
+    try:
+        deadline = time.time() + 120
+        while not list(broken.glob("cast_llama/*/trials/cast-lr0.003-seed0/[1-9]0")):
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.time() < deadline
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    killed, whole = only_run(broken), only_run(tmp_path / "whole")
+    assert not (killed / "summary.json").exists()
+    steps = [
+        int(p.name) for p in (killed / "trials/cast-lr0.003-seed0").iterdir() if p.name.isdigit()
+    ]
+    assert steps
+    assert max(steps) < 400
+    execute(EXPERIMENT, cli.parse(EXPERIMENT, ["--resume", str(killed)]))
+    one, two = (
+        [json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()]
+        for f in (killed, whole)
+    )
+    assert one == two
+    first, second = (json.loads((f / "summary.json").read_text()) for f in (killed, whole))
+    assert first["metrics"]["perplexity"] == second["metrics"]["perplexity"]
+    a, b = (load_compact(f / "sparse_model.npz") for f in (killed, whole))
+    assert a.keys() == b.keys()
+    for path in a:
+        np.testing.assert_array_equal(a[path], b[path])
+
+
+def test_a_mesh_gives_the_numbers_of_one_device(out, tmp_path):
+    changes = {"methods": ("wanda", "cast"), "seeds": 1, "batch": 8}
+    alone = execute(EXPERIMENT, settings(tmp_path, **changes))
+    sharded = execute(EXPERIMENT, settings(tmp_path / "mesh", mesh="data=4,model=2", **changes))
+    for name in ("wanda", "cast"):
+        np.testing.assert_allclose(
+            sharded.metrics["perplexity"][name], alone.metrics["perplexity"][name], rtol=2e-3
+        )
+
+
+def test_two_processes_train_together(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    flags = ["--methods", "cast", "--seeds", "1", "--mesh", "data=2", "--multihost",
+             "--coordinator", address, "--num-processes", "2"]  # fmt: skip
+    environment = os.environ | {"XLA_FLAGS": ""}
+    processes = [
+        subprocess.Popen(
+            command("--out", tmp_path, *flags, "--process-id", i), cwd=ROOT, env=environment
+        )
+        for i in range(2)
+    ]
+    try:
+        assert [p.wait(timeout=180) for p in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    together = json.loads((only_run(tmp_path) / "summary.json").read_text())
+    alone = execute(EXPERIMENT, settings(tmp_path / "alone", methods=("cast",), seeds=1))
+    np.testing.assert_allclose(
+        together["metrics"]["perplexity"]["cast"], alone.metrics["perplexity"]["cast"], rtol=2e-3
+    )
+
+
+def test_the_paper_setting_builds_abstractly():
+    lines = " ".join(check(dataclasses.replace(PRESETS["paper"])))
+    for figure in ("6,738,415,616 parameters", "224 tensors", "6,476,005,376 weights"):
+        assert figure in lines
+
+
+def test_other_patterns_and_the_users_own_text(out, tmp_path):
+    text = tmp_path / "mine.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog.\n\n" * 200)
+    config = settings(tmp_path, text=(str(text),), pattern="1:4", methods=("naive",), seeds=1)
+    execute(EXPERIMENT, config)
+    summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
+    assert summary["metrics"]["files"]["file"] < summary["metrics"]["files"]["dense"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pattern", "5:4"], "pattern"),
+        (["--pattern", "half"], "pattern is 'half'; it must look like 2:4"),
+        (["--pattern", "2:7", "--methods", "naive"], "length 96, not a multiple of m = 7"),
+        (["--stepz", "1"], "Unrecognized options: --stepz, 1 Perhaps you meant: --steps INT"),
+        (["--methods", "magic"], "known are magnitude, wanda"),
+        (["--model", "gpt-9"], "model is 'gpt-9'; known are laptop"),
+        (["--dataset", "no_such_set"], "no_such_set"),
+        (["--text", "{tmp}/missing.txt"], "missing.txt"),
+        (["--text", "{tmp}/empty.txt"], "empty"),
+        (["--text", "{tmp}/binary.txt"], "binary.txt"),
+        (["--text", "{tmp}/short.txt"], "short"),
+        (["--mesh", "data=3"], "3 devices, and there are 8"),
+        (["--out", "{tmp}/short.txt"], "cannot be written"),
+        (["--learning-rates", "-1"], "give positive ones"),
+        (["--l1-decay", "-1", "--methods", "cast"], "l1_decay is -1.0; it must be at least 0"),
+        (["--no-force", "--methods", "cast"], "at least 1.5 times that is needed"),
+    ],
+)
+def test_bad_input_is_one_clear_line(out, arguments, message, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(b"\x00\xff\x00")
+    (tmp_path / "short.txt").write_text("too short")
+    arguments = [a.format(tmp=tmp_path) for a in arguments]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(EXPERIMENT, ["--preset", "test", "--out", str(out), *arguments])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_a_run_of_another_model_does_not_resume(out, capsys):
+    execute(EXPERIMENT, settings(out, methods=("naive",), seeds=1))
+    folder = only_run(out)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model": "1m"}))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(EXPERIMENT, ["--resume", str(folder)])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "is of another model" in error
+    assert error.count("\n") == 1
+    assert jax.device_count() == 8
