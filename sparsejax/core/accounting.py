@@ -30,6 +30,9 @@ def sad(mask_a: PyTree, mask_b: PyTree) -> dict[str, Any]:
       ValueError: other paths, or a leaf that is sparse in one tree only.
 
     Source: Zhou et al., Learning N:M fine-grained structured sparse neural networks (2021).
+
+    >>> sad({"w": jnp.asarray([True, False])}, {"w": jnp.asarray([False, True])})["total"]
+    2
     """
     mask_b = align(mask_b, mask_a)
     per_leaf = jax.tree.map(lambda a, b: compare_masks(a, b).changed, mask_a, mask_b)

@@ -102,6 +102,13 @@ def sr_ste(
         concrete decay, or masks of another structure.
 
     Source: Zhou et al. (2021), equation 9.
+
+    >>> params = {"kernel": jnp.asarray([[1.0], [4.0], [2.0], [3.0]])}
+    >>> sr_ste(params, NM(2, 4))["kernel"][:, 0]
+    Array([0., 4., 0., 3.], dtype=float32)
+    >>> loss = lambda p: sr_ste(p, NM(2, 4), decay=0.1)["kernel"].sum()
+    >>> jax.grad(loss)(params)["kernel"][:, 0]  # 1, and 0.1 times itself where it is pruned
+    Array([1.1, 1. , 1.2, 1. ], dtype=float32)
     """
     if masks is None:
         return map_selected(

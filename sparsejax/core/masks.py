@@ -49,6 +49,11 @@ def make_masks(
       ValueError: naming the leaf, for NaN scores (seen outside `jit` only; inside it they never
         give a wrong-sized mask), an axis that does not fit the pattern or a density outside
         [0, 1]; or when `where` matches nothing.
+
+    >>> params = {"fc": {"kernel": jnp.arange(8.0).reshape(4, 2), "bias": jnp.ones(2)}}
+    >>> masks = make_masks(params, 0.25)
+    >>> masks["fc"]["kernel"].sum(), masks["fc"]["bias"].shape
+    (Array(2, dtype=int32), ())
     """
     if densities is None or not _is_container(densities):
         return map_selected(
@@ -191,6 +196,10 @@ def pack_masks(masks: PyTree) -> PyTree:
     """Packs the sparse leaves to bits, eight times smaller; dense leaves stay the scalar True.
 
     Works under `jit`; sharding of all axes but the last is kept.
+
+    >>> packed = pack_masks({"w": jnp.ones((3, 16), bool)})
+    >>> packed["w"].bits.nbytes, bool(unpack_masks(packed)["w"].all())
+    (6, True)
     """
 
     def pack(mask: Any) -> Any:

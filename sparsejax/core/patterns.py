@@ -7,6 +7,7 @@ density may be traced.
 
 import dataclasses
 import functools
+import itertools
 from typing import Literal, Protocol, runtime_checkable
 
 import jax
@@ -144,6 +145,9 @@ def nm_mask(
 
     Source: Zhou et al., Learning N:M fine-grained structured sparse neural networks (2021), code:
     ties="last" is their stable ascending sort, ties="lowest" is a top-k.
+
+    >>> nm_mask(jnp.asarray([[1.0, 4.0, 2.0, 3.0]]), 2, 4, axis=-1)
+    Array([[False,  True, False,  True]], dtype=bool)
     """
     NM(n, m, axis, ties, stride)  # its checks
     if not jnp.issubdtype(scores.dtype, jnp.floating):
@@ -168,6 +172,16 @@ def _nm_mask(scores: Array, n: int, m: int, axis: int, stride: int, ties: Ties) 
     keys = ordered_bits(scores, nan="highest")
     grouped = keys.reshape(*keys.shape[:axis], -1, m, stride, *keys.shape[axis + 1 :])
     member = axis + 1
+    if m <= 8:  # unrolled: every pair is compared once, and nothing but the mask is stored
+        members = [lax.index_in_dim(grouped, i, member, keepdims=False) for i in range(m)]
+        ranks = [jnp.zeros(members[0].shape, jnp.uint8)] * m
+        for i, j in itertools.combinations(range(m), 2):
+            # of equals the later wins under "last", the earlier under "lowest"
+            beats = members[i] > members[j] if ties == "last" else members[i] >= members[j]
+            ranks[j] += beats.astype(jnp.uint8)
+            ranks[i] += (~beats).astype(jnp.uint8)
+        kept = jnp.stack([rank < n for rank in ranks], axis=member)
+        return kept.reshape(scores.shape)
     index = jnp.arange(m).reshape((m,) + (1,) * (grouped.ndim - member - 1))
 
     def lose_to(j: int | Array, rank: Array) -> Array:

@@ -155,6 +155,10 @@ def cubic(
         (unless `force_final`, or in the jaxpruner convention).
 
     Source: Zhu & Gupta, To prune, or not to prune (2017).
+
+    >>> schedule = cubic(begin=0, end=100, freq=10)
+    >>> [round(float(schedule(step, 0.8)), 2) for step in (0, 50, 100)]
+    [0.0, 0.7, 0.8]
     """
     return Schedule(begin, end, freq, initial, power, convention, force_final)
 

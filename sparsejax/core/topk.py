@@ -2,7 +2,7 @@
 
 The k-th largest value is found by bisection on the bits of the float: as many counts as the dtype
 has bits, each one pass over the data and, on sharded data, one scalar over the network. Equal
-values at the threshold are settled by a second bisection, on their index.
+values at the threshold are settled by a second bisection, on their index along each axis.
 """
 
 import functools
@@ -37,6 +37,9 @@ def exact_topk_mask(
     Raises:
       TypeError: `x` is not floating point.
       ValueError: a concrete k outside [0, length], or 2^32 entries or more compete.
+
+    >>> exact_topk_mask(jnp.asarray([[3.0, 1.0, 3.0, 2.0]]), 2)
+    Array([[ True, False,  True, False]], dtype=bool)
     """
     axes = _axes(x, axis)
     size = math.prod(x.shape[a] for a in axes)
@@ -73,6 +76,9 @@ def exact_topk_threshold(
     Raises:
       TypeError: `x` is not floating point.
       ValueError: a concrete k outside [1, d], or an empty row.
+
+    >>> exact_topk_threshold(jnp.asarray([[3.0, 1.0, 4.0, 2.0]]), 2)
+    Array([[3.]], dtype=float32)
     """
     if x.shape[-1] == 0:
         raise ValueError("x has empty rows: there is no k-th largest value")
@@ -100,6 +106,9 @@ def topk_mask(
       ValueError: a concrete sparsity outside [0, 1].
 
     Source: Zhu & Gupta, To prune, or not to prune (2017); the rounding is jaxpruner's, in float32.
+
+    >>> topk_mask(jnp.arange(10.0), 0.7)[6:]
+    Array([False,  True,  True,  True], dtype=bool)
     """
     if isinstance(sparsity, int | float):
         if not 0 <= sparsity <= 1:
@@ -212,18 +221,32 @@ def _kth_largest(keys: Array, k: Array, axes: tuple[int, ...]) -> Array:
 
 
 def _first(mask: Array, wanted: Array, axes: tuple[int, ...], size: int) -> Array:
-    """Where the flat index is at most that of the `wanted`-th True entry of `mask`."""
+    """Marks everything up to the `wanted`-th True entry of `mask` in row-major order.
+
+    Axis by axis: which index holds that entry, then within that index, so that the bisections run
+    over counts of one axis and not over the whole data.
+    """
     dtype = _count_dtype(size)
-    index, stride = jnp.zeros(mask.shape, dtype), 1
-    for a in reversed(axes):
-        index = index + lax.broadcasted_iota(dtype, mask.shape, a) * jnp.asarray(stride, dtype)
-        stride *= mask.shape[a]
-    bits = max(1, (size - 1).bit_length())
+    some = wanted > 0
+    before, inside = jnp.zeros((), bool), jnp.ones((), bool)
+    for a in axes:
+        counts = _count(mask & inside, tuple(b for b in axes if b != a), size)
+        index = lax.broadcasted_iota(dtype, counts.shape, a)
+        bits = max(1, (mask.shape[a] - 1).bit_length())
+        ahead = functools.partial(_count_below, counts, index, axis=a)
 
-    def settle_bit(i: Array, cut: Array) -> Array:
-        candidate = cut | (jnp.asarray(1 << (bits - 1), dtype) >> i.astype(dtype))
-        fewer = _count(mask & (index < candidate), axes, size) < wanted
-        return jnp.where(fewer, candidate, cut)
+        def settle_bit(i: Array, cut: Array, bits=bits, ahead=ahead, wanted=wanted) -> Array:
+            candidate = cut | (jnp.asarray(1 << (bits - 1), dtype) >> i.astype(dtype))
+            return jnp.where(ahead(candidate) < wanted, candidate, cut)
 
-    cut = lax.fori_loop(0, bits, settle_bit, jnp.zeros_like(wanted + _count(mask, axes, size)))
-    return (index <= cut) & (wanted > 0)
+        start = jnp.zeros_like(wanted + ahead(jnp.zeros((), dtype)))
+        cut = lax.fori_loop(0, bits, settle_bit, start)
+        wanted = wanted - ahead(cut)
+        before = before | (inside & (index < cut))
+        inside = inside & (index == cut)
+    return some & (before | inside)
+
+
+def _count_below(counts: Array, index: Array, cut: Array, *, axis: int) -> Array:
+    below = jnp.where(index < cut, counts, jnp.zeros_like(counts))
+    return jnp.sum(below, axis=axis, keepdims=True, dtype=counts.dtype)

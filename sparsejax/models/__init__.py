@@ -6,21 +6,23 @@
 from sparsejax.models.decoding import generate, init_cache
 from sparsejax.models.llama import (
     DEFAULT_RULES,
-    LLAMA_SIZES,
     LOGICAL_AXES,
     Attention,
     DecoderBlock,
     FeedForward,
     KVCache,
     Llama,
-    LlamaConfig,
     RMSNorm,
-    RopeScaling,
-    llama_config,
     logical_axes,
     param_specs,
-    parameter_count,
     rope_tables,
+)
+from sparsejax.models.llama_config import (
+    LLAMA_SIZES,
+    LlamaConfig,
+    RopeScaling,
+    llama_config,
+    parameter_count,
 )
 
 __all__ = [

@@ -143,6 +143,9 @@ def generate(
     Raises ValueError for an option out of range, a missing key, an empty prompt, or a total beyond
     `max_seq_len`. Not differentiable.
 
+    >>> from flax import nnx
+    >>> from sparsejax.models import Llama, llama_config
+    >>> model = Llama(llama_config("laptop"), rngs=nnx.Rngs(0))
     >>> generate(model, jnp.zeros((1, 4), jnp.int32), max_new_tokens=3).shape
     (1, 7)
     """

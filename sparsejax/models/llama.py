@@ -8,11 +8,10 @@ Source: Touvron et al., "Llama 2", 2023; Grattafiori et al., "The Llama 3 Herd o
 Su et al., "RoFormer", 2021 (rotary embedding); Shazeer, "GLU Variants", 2020 (SwiGLU).
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -24,187 +23,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from sparsejax.core.selection import path_name
 from sparsejax.models.decoding import DType, KVCache, check_cache, write_layer
+from sparsejax.models.llama_config import LlamaConfig, require
 
 Rope = tuple[Float[Array, "#b t half"], Float[Array, "#b t half"]]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are changed to reach contexts beyond those of pre-training.
-
-    kind: `"linear"` divides every frequency by `factor`; `"dynamic"` enlarges the base with the
-        length of the sequence once that passes `original_max_seq_len` (NTK-aware); `"llama3"`
-        divides the low frequencies alone, with a smooth band in between.
-    factor: the ratio of the new context to the old, at least 1.
-    low_freq_factor, high_freq_factor: edges of llama3's band, in turns per original context.
-    original_max_seq_len: context of pre-training, in tokens; required by dynamic and llama3.
-
-    Source: Chen et al., 2023 (linear); LLaMA 3.1 (llama3); dynamic and the names as in Hugging Face
-    Transformers.
-    """
-
-    kind: Literal["linear", "dynamic", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_seq_len: int | None = None
-
-    def __post_init__(self) -> None:
-        kinds = ("linear", "dynamic", "llama3")
-        _require(self.kind in kinds, f"kind is {self.kind!r}; allowed are {', '.join(kinds)}.")
-        _require(self.factor >= 1, f"factor is {self.factor}; it must be at least 1.")
-        _require(
-            self.kind == "linear" or (self.original_max_seq_len or 0) > 0,
-            f"original_max_seq_len is {self.original_max_seq_len}; kind={self.kind!r} needs a "
-            "positive number of tokens.",
-        )
-        _require(
-            0 < self.low_freq_factor < self.high_freq_factor,
-            f"low_freq_factor is {self.low_freq_factor} and high_freq_factor is "
-            f"{self.high_freq_factor}; both must be positive and the first the smaller.",
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """Static description of a decoder; hashable, so it may be a static argument of `jit`.
-
-    vocab_size, d_model, n_layers, n_heads, d_ff, max_seq_len: sizes; `max_seq_len` is the longest
-        sequence that the model accepts, in tokens.
-    n_kv_heads: key and value heads, a divisor of `n_heads`; None means `n_heads`. Read `kv_heads`.
-    head_dim: width of a head, even; None means `d_model // n_heads`. Read `head_width`.
-    rope_theta, rope_scaling: base of the rotary frequencies and what changes them.
-    norm_eps: added to the mean square in every norm.
-    tie_embeddings: the head is the transposed embedding.
-    qkv_bias: biases on queries, keys and values (Qwen2); there are no others.
-    sliding_window: each token sees itself and the `sliding_window - 1` before it (Mistral).
-    embed_std: standard deviation of the initial embedding; matrices have `1 / sqrt(in)`.
-    remat: the backward pass recomputes whole blocks from their inputs; without it, all but the
-        outputs of the projections.
-    dtype, param_dtype: of the activations and of the parameters. Softmax, statistics of the norms,
-        rotation and logits are float32 whatever `dtype` is.
-
-    Raises ValueError for sizes that cannot be, naming the field.
-    """
-
-    vocab_size: int
-    d_model: int
-    n_layers: int
-    n_heads: int
-    d_ff: int
-    max_seq_len: int
-    n_kv_heads: int | None = None
-    head_dim: int | None = None
-    rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
-    norm_eps: float = 1e-5
-    tie_embeddings: bool = False
-    qkv_bias: bool = False
-    sliding_window: int | None = None
-    embed_std: float = 0.02
-    remat: bool = False
-    dtype: DType = "float32"
-    param_dtype: DType = "float32"
-
-    def __post_init__(self) -> None:
-        optional = ("n_kv_heads", "head_dim", "sliding_window")
-        sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "max_seq_len")
-        for name in (*sizes, *optional):
-            value = getattr(self, name)
-            fits = (isinstance(value, int) and value > 0) or (value is None and name in optional)
-            _require(fits, f"{name} is {value!r}; it must be a positive integer.")
-        for name in ("rope_theta", "norm_eps", "embed_std"):
-            value = getattr(self, name)
-            _require(value > 0, f"{name} is {value}; it must be positive.")
-        for name in ("dtype", "param_dtype"):
-            value, allowed = getattr(self, name), ("float32", "bfloat16")
-            _require(value in allowed, f"{name} is {value!r}; allowed are {', '.join(allowed)}.")
-        _require(
-            self.n_heads % self.kv_heads == 0,
-            f"n_kv_heads is {self.n_kv_heads}; it must divide n_heads, which is {self.n_heads}.",
-        )
-        _require(
-            self.head_dim is not None or self.d_model % self.n_heads == 0,
-            f"n_heads is {self.n_heads}; it must divide d_model, which is {self.d_model}, "
-            "unless head_dim is given.",
-        )
-        _require(
-            self.head_width % 2 == 0,
-            f"head_dim is {self.head_width}; it must be even, for rotary pairs.",
-        )
-
-    @property
-    def kv_heads(self) -> int:
-        """Number of key and value heads."""
-        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
-
-    @property
-    def head_width(self) -> int:
-        """Width of one head."""
-        return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
-
-
-def _llama(vocab: int, d: int, layers: int, heads: tuple[int, int], ff: int, ctx: int, **options):
-    return LlamaConfig(
-        vocab, d, layers, heads[0], ff, max_seq_len=ctx, n_kv_heads=heads[1], **options
-    )
-
-
-_LLAMA32 = {
-    "rope_theta": 5e5,
-    "rope_scaling": RopeScaling("llama3", 32.0, original_max_seq_len=8192),
-    "tie_embeddings": True,
-}
-
-_QWEN25 = {"rope_theta": 1e6, "norm_eps": 1e-6, "tie_embeddings": True, "qkv_bias": True}
-
-LLAMA_SIZES: Mapping[str, LlamaConfig] = MappingProxyType(
-    {
-        "laptop": _llama(128, 96, 2, (4, 4), 256, 64),
-        "1m": _llama(2048, 128, 4, (4, 4), 352, 256, tie_embeddings=True),
-        "10m": _llama(8192, 320, 6, (5, 5), 864, 512, tie_embeddings=True),
-        "60m": _llama(32000, 512, 8, (8, 8), 1376, 1024),
-        "135m": _llama(49152, 576, 30, (9, 3), 1536, 8192, rope_theta=1e5, tie_embeddings=True),
-        "350m": _llama(32000, 1024, 24, (16, 16), 2736, 1024),
-        "tinyllama-1.1b": _llama(32000, 2048, 22, (32, 4), 5632, 2048),
-        "llama-2-7b": _llama(32000, 4096, 32, (32, 32), 11008, 4096),
-        "llama-2-13b": _llama(32000, 5120, 40, (40, 40), 13824, 4096),
-        "llama-3-8b": _llama(128256, 4096, 32, (32, 8), 14336, 8192, rope_theta=5e5),
-        "llama-3.2-1b": _llama(128256, 2048, 16, (32, 8), 8192, 131072, **_LLAMA32),
-        "llama-3.2-3b": _llama(128256, 3072, 28, (24, 8), 8192, 131072, **_LLAMA32),
-        "qwen2.5-0.5b": _llama(151936, 896, 24, (14, 2), 4864, 32768, **_QWEN25),
-        "mistral-7b": _llama(32000, 4096, 32, (32, 8), 14336, 32768, sliding_window=4096),
-    }
-)
-"""Named configurations. `laptop` has 0.25 M parameters, `1m` to `350m` are a ladder for scaling
-studies (`135m` is SmolLM2-135M), and the rest are the published models of those names."""
-
-
-def llama_config(name: str, **overrides) -> LlamaConfig:
-    """The configuration called `name` in `LLAMA_SIZES`, with fields replaced by `overrides`.
-
-    Raises ValueError for an unknown name, and as `LlamaConfig` does.
-
-    >>> llama_config("laptop", n_layers=4).n_layers
-    4
-    """
-    _require(name in LLAMA_SIZES, f"name is {name!r}; known are {', '.join(LLAMA_SIZES)}.")
-    return dataclasses.replace(LLAMA_SIZES[name], **overrides)
-
-
-def parameter_count(config: LlamaConfig) -> int:
-    """Number of parameters of `Llama(config)`; a tied head counts once."""
-    d, width = config.d_model, config.head_width
-    q, kv = config.n_heads * width, config.kv_heads * width
-    bias = q + 2 * kv if config.qkv_bias else 0
-    block = 2 * d * (q + kv) + bias + 3 * d * config.d_ff + 2 * d
-    vocabulary = config.vocab_size * d * (1 if config.tie_embeddings else 2)
-    return vocabulary + config.n_layers * block + d
 
 
 def rope_tables(config: LlamaConfig, positions: Int[Array, "#b t"]) -> Rope:
@@ -456,7 +277,7 @@ class Llama(nnx.Module):
     ) -> Float[Array, "b t d"]:
         """The residual stream after the last norm, in `config.dtype`; arguments as `__call__`."""
         limit = self.config.max_seq_len
-        _require(
+        require(
             tokens.shape[1] <= limit,
             f"tokens has {tokens.shape[1]} positions; max_seq_len allows {limit}.",
         )
@@ -531,7 +352,7 @@ class Llama(nnx.Module):
 
     def _check_layer(self, i: int) -> None:
         last = self.config.n_layers - 1
-        _require(0 <= i <= last, f"i is {i}; this model has blocks 0 to {last}.")
+        require(0 <= i <= last, f"i is {i}; this model has blocks 0 to {last}.")
 
 
 LOGICAL_AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -563,15 +384,13 @@ def logical_axes(path: str, ndim: int) -> tuple[str, ...]:
     it has neither `ndim` axes nor, without the layer axis, one fewer.
     """
     names = LOGICAL_AXES.get("/".join(path.split("/")[-2:]))
-    _require(
+    require(
         names is not None,
         f"path is {path!r}; the parameters of Llama end in {', '.join(LOGICAL_AXES)}.",
     )
     names = cast(tuple[str, ...], names)
     extra = ndim - len(names)
-    _require(
-        extra in (0, 1), f"{path} has {ndim} axes; it must be {names} or ('layers', *{names})."
-    )
+    require(extra in (0, 1), f"{path} has {ndim} axes; it must be {names} or ('layers', *{names}).")
     return ("layers",) * extra + names
 
 
@@ -586,12 +405,11 @@ def param_specs(
 
     Raises ValueError for an unknown logical axis or parameter.
 
-    >>> specs = param_specs(params)
-    >>> shardings = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs)
-    >>> params = jax.device_put(params, shardings)
+    >>> param_specs({"up_proj": {"kernel": jnp.ones((2, 4, 8))}})  # [layers, in, out]
+    {'up_proj': {'kernel': PartitionSpec(None, None, 'model')}}
     """
     known = {"layers"}.union(*LOGICAL_AXES.values())
-    _require(
+    require(
         set(rules) <= known,
         f"rules names {sorted(set(rules) - known)}; logical axes are {', '.join(sorted(known))}.",
     )

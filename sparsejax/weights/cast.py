@@ -92,6 +92,15 @@ def adams(
 
     Source: CAST, algorithm 1 as quoted by a public re-implementation; b1, b2, eps and Adam for the
     leaves out of scope are our choice.
+
+    >>> params = {"kernel": jnp.asarray([[0.1], [1.0], [0.2], [2.0]])}
+    >>> tx = adams(1e-2, total_steps=100, l1_decay=1e-2)
+    >>> state = tx.init(params)
+    >>> for _ in range(100):
+    ...     updates, state = tx.update({"kernel": jnp.zeros((4, 1))}, state, params)
+    ...     params = optax.apply_updates(params, updates)
+    >>> jnp.abs(params["kernel"][:, 0]).round(1)
+    Array([0., 1., 0., 2.], dtype=float32)
     """
     _at_least("total_steps", total_steps, 1)
     _at_least("mask_period", mask_period, 1)
@@ -103,9 +112,9 @@ def adams(
     def init(params: PyTree) -> AdamSState:
         masks = fresh_masks(params)
         _check_wide(params, masks)
-        zeros = wide_zeros(params)
-        none = jnp.zeros((), jnp.int32)
-        return AdamSState(none, zeros, zeros, masks, none)
+        # no buffer twice: a donated state must not hold one
+        none, also_none = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        return AdamSState(none, wide_zeros(params), wide_zeros(params), masks, also_none)
 
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None

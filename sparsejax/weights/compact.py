@@ -69,6 +69,10 @@ def compress_2to4(w: Float[Array, "*s"], *, axis: int = -2) -> Compressed24:
     Raises:
       ValueError: the axis is no multiple of 4 long, or, outside `jit`, a group has more than two
         non-zeros (with how many such groups).
+
+    >>> packed = compress_2to4(jnp.asarray([[0.0], [5.0], [0.0], [7.0]]))
+    >>> packed.values[:, 0], unpack_indices(packed.packed, 2)[:, 0]
+    (Array([5., 7.], dtype=float32), Array([1, 3], dtype=uint8))
     """
     axis = _checked_axis(w.ndim, axis)
     if w.shape[axis] % 4:

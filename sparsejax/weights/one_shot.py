@@ -121,6 +121,10 @@ def wanda_mask(
         of another width.
 
     Source: Sun et al., A simple and effective pruning approach for large language models (2024).
+
+    >>> stats = activation_stats(jnp.asarray([[[1.0, 10.0]]]))
+    >>> wanda_mask(jnp.asarray([[3.0], [1.0]]), stats, sparsity=0.5)[:, 0]
+    Array([False,  True], dtype=bool)
     """
     _check_choice(sparsity, pattern)
     if stats.sum_sq.shape != w.shape[:1]:

@@ -48,7 +48,7 @@ def test_it_runs(path, tmp_path):
         km=kernel_of_this_interpreter(tmp_path),
         resources={"metadata": {"path": str(work)}},
     )
-    client.execute(env=environment())
+    client.execute(env=environment(), cleanup_kc=True)
     streams = [out for cell in notebook.cells for out in cell.get("outputs", [])]
     complaints = [out.text for out in streams if out.get("name") == "stderr"]
     assert not complaints

@@ -37,6 +37,13 @@ def static_sparsity(
 
     Raises:
       ValueError: in `init`, masks of another structure or shape; in `update`, without params.
+
+    >>> params = {"kernel": jnp.asarray([[1.0], [2.0]])}
+    >>> masks = {"kernel": jnp.asarray([[False], [True]])}
+    >>> tx = static_sparsity(optax.sgd(0.5), masks)
+    >>> updates, state = tx.update({"kernel": jnp.ones((2, 1))}, tx.init(params), params)
+    >>> optax.apply_updates(params, updates)["kernel"][:, 0]
+    Array([0. , 1.5], dtype=float32)
     """
     inner = optax.with_extra_args_support(inner)
 

@@ -1,0 +1,308 @@
+"""What masks cost: making them, training with them, storing them.
+
+`python -m experiments.benchmarks.masks` times each against plain JAX, in turns, and prints one
+table. Masks that are timed against a sort are compared with it first, entry by entry.
+"""
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from rich.console import Console
+
+import sparsejax as sj
+from experiments.harness.run import versions, write_json
+from experiments.harness.timing import Goal, Timing, compare, timing_table
+from sparsejax import weights
+from sparsejax.models import Llama, LlamaConfig, llama_config
+
+PROJECTIONS = r"_proj/kernel$"
+PATTERN = sj.NM(2, 4)
+DENSITY = 0.25
+MASK_PERIOD = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of a run.
+
+    Attributes:
+      side: the masks are of `[side, side]` weights.
+      model, batch, seq_len: the LLaMA whose training steps are timed, and its batch.
+      mask_rounds, step_rounds: measurements of each mask and of each step.
+      min_seconds: what one measurement lasts at least.
+    """
+
+    side: int = 1024
+    model: LlamaConfig = llama_config("laptop")  # noqa: RUF009 (frozen)
+    batch: int = 16
+    seq_len: int = 64
+    mask_rounds: int = 11
+    step_rounds: int = 31
+    min_seconds: float = 0.01
+
+
+PRESETS = {
+    "laptop": Config(),
+    "test": Config(
+        side=64,
+        model=llama_config("laptop", vocab_size=32, d_model=16, n_layers=1, d_ff=32),
+        batch=2,
+        seq_len=8,
+        mask_rounds=2,
+        step_rounds=2,
+        min_seconds=1e-4,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Alternatives that are timed in turns.
+
+    Attributes:
+      functions: by name. baseline: what the others are compared with.
+      goals: by name. rounds: measurements of each.
+    """
+
+    functions: Mapping[str, Callable[[], Any]]
+    baseline: str
+    rounds: int
+    goals: Mapping[str, Goal] = dataclasses.field(default_factory=dict)
+
+
+def measure(config: Config, console: Console) -> tuple[list[Timing], dict[str, Goal]]:
+    """Times all groups."""
+    timings: list[Timing] = []
+    goals: dict[str, Goal] = {}
+    for build in (nm_groups, unstructured_groups, packing_groups, step_groups, update_groups):
+        with console.status(f"timing: {build.__name__.removesuffix('_groups')}"):
+            for group in build(config):
+                found = compare(
+                    group.functions,
+                    baseline=group.baseline,
+                    rounds=group.rounds,
+                    min_seconds=config.min_seconds,
+                )
+                timings += found.values()
+                goals |= group.goals
+    return timings, goals
+
+
+def nm_groups(config: Config) -> Iterator[Group]:
+    """2:4 masks by magnitude, along either axis, against two argsorts inside every group."""
+    w = jax.random.normal(jax.random.key(0), (config.side, config.side))
+    for axis in (-2, -1):
+        by_sort = f"double argsort, 2:4, axis {axis}"
+        ours = {
+            f"nm_mask 2:4, axis {axis}, ties {ties}": jax.jit(
+                lambda w, axis=axis, ties=ties: sj.nm_mask(jnp.abs(w), 2, 4, axis=axis, ties=ties)
+            )
+            for ties in ("last", "lowest")
+        }
+        functions = {
+            by_sort: jax.jit(lambda w, axis=axis: _nm_by_argsort(jnp.abs(w), axis)),
+            **ours,
+        }
+        yield _mask_group(functions, w, by_sort, Goal(100, faster=True), config)
+
+
+def unstructured_groups(config: Config) -> Iterator[Group]:
+    """Exact masks over a whole leaf against an argsort, without and with equal scores."""
+    scores = jnp.abs(jax.random.normal(jax.random.key(1), (config.side, config.side)))
+    tied = scores.astype(jnp.bfloat16).astype(jnp.float32)
+    keep = sj.keep_count(scores.size, DENSITY)
+    for kind, values in (("distinct", scores), ("tied", tied)):
+        by_sort = f"argsort, {kind} scores"
+        functions = {
+            by_sort: jax.jit(lambda s: _topk_by_argsort(s, keep)),
+            f"Unstructured, {kind} scores": jax.jit(lambda s: sj.Unstructured().mask(s, DENSITY)),
+        }
+        yield _mask_group(functions, values, by_sort, Goal(15, faster=True), config)
+
+
+def packing_groups(config: Config) -> Iterator[Group]:
+    """Masks at one bit an entry against a copy of the bool array."""
+    mask = jax.random.bernoulli(jax.random.key(2), 0.5, (config.side, config.side))
+    copy, pack, unpack = jax.jit(jnp.copy), jax.jit(sj.pack_masks), jax.jit(sj.unpack_masks)
+    packed = pack(mask)
+    functions = {
+        "copy of a bool mask": lambda: copy(mask),
+        "pack_masks": lambda: pack(mask),
+        "unpack_masks": lambda: unpack(packed),
+        "pack and unpack": lambda: unpack(pack(mask)),
+    }
+    yield Group(functions, "copy of a bool mask", config.mask_rounds)
+
+
+def step_groups(config: Config) -> Iterator[Group]:
+    """Whole training steps of a LLaMA, with donated state."""
+    graph, params = _model(config)
+    windows = jax.random.randint(
+        jax.random.key(3), (config.batch, config.seq_len + 1), 0, config.model.vocab_size
+    )
+    masks = sj.make_masks(sj.magnitude(params), pattern=PATTERN, where=PROJECTIONS)
+
+    def step(
+        tx: optax.GradientTransformation, view: Callable[[Any], Any] = lambda p: p
+    ) -> Callable[[], Any]:
+        def one(state: Any, windows: jax.Array) -> Any:
+            params, opt = state
+
+            def loss(params: Any) -> jax.Array:
+                logits = nnx.merge(graph, view(params))(windows[:, :-1])
+                labels = windows[:, 1:]
+                return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+            updates, opt = tx.update(jax.grad(loss)(params), opt, params)
+            return optax.apply_updates(params, updates), opt
+
+        return _stepping(one, (params, tx.init(params)), windows)
+
+    plain, adamw = "step, optax.adam", "step, optax.adamw"
+    srste, static, adams = (
+        "step, SR-STE 2:4, mask every step",
+        "step, static mask",
+        f"step, AdamS, mask every {MASK_PERIOD}",
+    )
+    functions = {
+        plain: step(optax.adam(1e-3)),
+        srste: step(optax.adam(1e-3), lambda p: sj.sr_ste(p, PATTERN, where=PROJECTIONS)),
+        static: step(sj.static_sparsity(optax.adam(1e-3), masks)),
+    }
+    yield Group(functions, plain, config.step_rounds, {srste: Goal(1.25), static: Goal(1.10)})
+    functions = {adamw: step(optax.adamw(1e-3)), adams: step(_adams())}
+    yield Group(functions, adamw, config.step_rounds, {adams: Goal(1.25)})
+
+
+def update_groups(config: Config) -> Iterator[Group]:
+    """The optimisers alone on the model's parameters, one mask period of updates a call."""
+    _, params = _model(config)
+    grads = jax.tree.map(lambda w: 1e-3 * jnp.cos(1e3 * w), params)
+
+    def update(tx: optax.GradientTransformation) -> Callable[[], Any]:
+        def one(state: Any, grads: Any) -> Any:
+            params, opt = state
+            updates, opt = tx.update(grads, opt, params)
+            return optax.apply_updates(params, updates), opt
+
+        call = _stepping(one, (params, tx.init(params)), grads)
+
+        def period() -> Any:
+            for _ in range(MASK_PERIOD - 1):
+                jax.block_until_ready(call())
+            return call()
+
+        return period
+
+    adamw = f"{MASK_PERIOD} updates alone, optax.adamw"
+    adams = f"{MASK_PERIOD} updates alone, AdamS, one mask"
+    functions = {adamw: update(optax.adamw(1e-3)), adams: update(_adams())}
+    yield Group(functions, adamw, config.step_rounds, {adams: Goal(1.25)})
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures, prints the table and writes `<out>/benchmarks/masks.json`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.benchmarks.masks", description=__doc__
+    )
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="laptop", help="sizes")
+    parser.add_argument("--out", default="runs", help="folder for the figures")
+    chosen = parser.parse_args(arguments)
+    folder = pathlib.Path(chosen.out) / "benchmarks"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"error: {folder} cannot be written: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    console = Console(highlight=False)
+    started, load = time.time(), os.getloadavg()[0]
+    timings, goals = measure(PRESETS[chosen.preset], console)
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
+    title = f"masks ({chosen.preset}) on {device}"
+    table, rows = timing_table(title, timings, goals)
+    console.print(table)
+    loads = [round(load, 2), round(os.getloadavg()[0], 2)]
+    report = {
+        "preset": chosen.preset,
+        "device": device,
+        "load_average": loads,
+        "seconds": round(time.time() - started, 1),
+        "versions": versions(),
+        "rows": rows,
+    }
+    write_json(folder / "masks.json", report)
+    met = [row["met"] for row in rows if row["met"] is not None]
+    console.print(
+        f"{sum(met)} of {len(met)} goals met; load average {loads[0]} before, {loads[1]} after; "
+        f"figures in {folder / 'masks.json'}",
+        soft_wrap=True,
+    )
+
+
+def _nm_by_argsort(scores: jax.Array, axis: int) -> jax.Array:
+    axis %= scores.ndim
+    shape = scores.shape
+    grouped = scores.reshape(*shape[:axis], -1, 4, *shape[axis + 1 :])
+    rank = jnp.argsort(jnp.argsort(grouped, axis=axis + 1), axis=axis + 1)
+    return (rank >= 2).reshape(shape)
+
+
+def _topk_by_argsort(scores: jax.Array, keep: Any) -> jax.Array:
+    order = jnp.argsort(-scores.reshape(-1))
+    return jnp.zeros(scores.size, bool).at[order[:keep]].set(True).reshape(scores.shape)
+
+
+def _mask_group(
+    functions: Mapping[str, Callable[[jax.Array], jax.Array]],
+    values: jax.Array,
+    baseline: str,
+    goal: Goal,
+    config: Config,
+) -> Group:
+    """Masks of the same values; all must be equal."""
+    expected = functions[baseline](values)
+    for name, function in functions.items():
+        if not bool(jnp.array_equal(function(values), expected)):
+            raise RuntimeError(f"{name} and {baseline} give two different masks")
+    calls = {name: (lambda f=f: f(values)) for name, f in functions.items()}
+    goals = {name: goal for name in functions if name != baseline}
+    return Group(calls, baseline, config.mask_rounds, goals)
+
+
+def _stepping(step: Callable[..., Any], state: Any, *inputs: Any) -> Callable[[], Any]:
+    """A call that moves its own state one step on, in place."""
+    compiled = jax.jit(step, donate_argnums=0)
+    # a copy, because donation deletes what is shared with other states
+    state = jax.tree.map(jnp.copy, state)
+
+    def call() -> Any:
+        nonlocal state
+        state = compiled(state, *inputs)
+        return state
+
+    return call
+
+
+def _model(config: Config) -> tuple[Any, Any]:
+    return nnx.split(Llama(config.model, rngs=nnx.Rngs(0)))
+
+
+def _adams() -> optax.GradientTransformation:
+    # so many steps that the pull stays what it is at the start
+    return weights.adams(
+        1e-3, total_steps=10**6, l1_decay=1e-3, mask_period=MASK_PERIOD, where=PROJECTIONS
+    )
+
+
+if __name__ == "__main__":
+    main()
