@@ -6,6 +6,7 @@ table. Masks that are timed against a sort are compared with it first, entry by 
 
 import argparse
 import dataclasses
+import functools
 import os
 import pathlib
 import sys
@@ -102,9 +103,9 @@ def nm_groups(config: Config) -> Iterator[Group]:
     """2:4 masks by magnitude, along either axis, against two argsorts inside every group."""
     w = jax.random.normal(jax.random.key(0), (config.side, config.side))
     for axis in (-2, -1):
-        by_sort = f"double argsort, 2:4, axis {axis}"
+        by_sort = f"2:4 along axis {axis}: two argsorts"
         ours = {
-            f"nm_mask 2:4, axis {axis}, ties {ties}": jax.jit(
+            f"nm_mask along {axis}, ties {ties}": jax.jit(
                 lambda w, axis=axis, ties=ties: sj.nm_mask(jnp.abs(w), 2, 4, axis=axis, ties=ties)
             )
             for ties in ("last", "lowest")
@@ -113,7 +114,7 @@ def nm_groups(config: Config) -> Iterator[Group]:
             by_sort: jax.jit(lambda w, axis=axis: _nm_by_argsort(jnp.abs(w), axis)),
             **ours,
         }
-        yield _mask_group(functions, w, by_sort, Goal(100, faster=True), config)
+        yield _mask_group(functions, w, by_sort, Goal(1 / 100), config)
 
 
 def unstructured_groups(config: Config) -> Iterator[Group]:
@@ -122,12 +123,12 @@ def unstructured_groups(config: Config) -> Iterator[Group]:
     tied = scores.astype(jnp.bfloat16).astype(jnp.float32)
     keep = sj.keep_count(scores.size, DENSITY)
     for kind, values in (("distinct", scores), ("tied", tied)):
-        by_sort = f"argsort, {kind} scores"
+        by_sort = f"top {DENSITY:.0%}, {kind} scores: argsort"
         functions = {
             by_sort: jax.jit(lambda s: _topk_by_argsort(s, keep)),
             f"Unstructured, {kind} scores": jax.jit(lambda s: sj.Unstructured().mask(s, DENSITY)),
         }
-        yield _mask_group(functions, values, by_sort, Goal(15, faster=True), config)
+        yield _mask_group(functions, values, by_sort, Goal(1 / 15), config)
 
 
 def packing_groups(config: Config) -> Iterator[Group]:
@@ -136,17 +137,17 @@ def packing_groups(config: Config) -> Iterator[Group]:
     copy, pack, unpack = jax.jit(jnp.copy), jax.jit(sj.pack_masks), jax.jit(sj.unpack_masks)
     packed = pack(mask)
     functions = {
-        "copy of a bool mask": lambda: copy(mask),
+        "bool mask: copy": lambda: copy(mask),
         "pack_masks": lambda: pack(mask),
         "unpack_masks": lambda: unpack(packed),
         "pack and unpack": lambda: unpack(pack(mask)),
     }
-    yield Group(functions, "copy of a bool mask", config.mask_rounds)
+    yield Group(functions, "bool mask: copy", config.mask_rounds)
 
 
 def step_groups(config: Config) -> Iterator[Group]:
     """Whole training steps of a LLaMA, with donated state."""
-    graph, params = _model(config)
+    graph, params = _model(config.model)
     windows = jax.random.randint(
         jax.random.key(3), (config.batch, config.seq_len + 1), 0, config.model.vocab_size
     )
@@ -168,25 +169,21 @@ def step_groups(config: Config) -> Iterator[Group]:
 
         return _stepping(one, (params, tx.init(params)), windows)
 
-    plain, adamw = "step, optax.adam", "step, optax.adamw"
-    srste, static, adams = (
-        "step, SR-STE 2:4, mask every step",
-        "step, static mask",
-        f"step, AdamS, mask every {MASK_PERIOD}",
-    )
+    plain = "step: optax.adamw"
+    srste, static, adams = "step, SR-STE, new mask each", "step, static mask", "step, AdamS"
     functions = {
-        plain: step(optax.adam(1e-3)),
-        srste: step(optax.adam(1e-3), lambda p: sj.sr_ste(p, PATTERN, where=PROJECTIONS)),
-        static: step(sj.static_sparsity(optax.adam(1e-3), masks)),
+        plain: step(optax.adamw(1e-3)),
+        srste: step(optax.adamw(1e-3), lambda p: sj.sr_ste(p, PATTERN, where=PROJECTIONS)),
+        static: step(sj.static_sparsity(optax.adamw(1e-3), masks)),
+        adams: step(_adams()),
     }
-    yield Group(functions, plain, config.step_rounds, {srste: Goal(1.25), static: Goal(1.10)})
-    functions = {adamw: step(optax.adamw(1e-3)), adams: step(_adams())}
-    yield Group(functions, adamw, config.step_rounds, {adams: Goal(1.25)})
+    goals = {srste: Goal(1.25), static: Goal(1.10), adams: Goal(1.25)}
+    yield Group(functions, plain, config.step_rounds, goals)
 
 
 def update_groups(config: Config) -> Iterator[Group]:
     """The optimisers alone on the model's parameters, one mask period of updates a call."""
-    _, params = _model(config)
+    _, params = _model(config.model)
     grads = jax.tree.map(lambda w: 1e-3 * jnp.cos(1e3 * w), params)
 
     def update(tx: optax.GradientTransformation) -> Callable[[], Any]:
@@ -204,8 +201,8 @@ def update_groups(config: Config) -> Iterator[Group]:
 
         return period
 
-    adamw = f"{MASK_PERIOD} updates alone, optax.adamw"
-    adams = f"{MASK_PERIOD} updates alone, AdamS, one mask"
+    adamw = f"{MASK_PERIOD} updates only: optax.adamw"
+    adams = f"{MASK_PERIOD} updates only, AdamS"
     functions = {adamw: update(optax.adamw(1e-3)), adams: update(_adams())}
     yield Group(functions, adamw, config.step_rounds, {adams: Goal(1.25)})
 
@@ -293,8 +290,13 @@ def _stepping(step: Callable[..., Any], state: Any, *inputs: Any) -> Callable[[]
     return call
 
 
-def _model(config: Config) -> tuple[Any, Any]:
-    return nnx.split(Llama(config.model, rngs=nnx.Rngs(0)))
+@functools.cache
+def _model(config: LlamaConfig) -> tuple[Any, Any]:
+    def build() -> Llama:
+        return Llama(config, rngs=nnx.Rngs(0))
+
+    graph, _ = nnx.split(nnx.eval_shape(build))
+    return graph, jax.jit(lambda: nnx.state(build()))()
 
 
 def _adams() -> optax.GradientTransformation:

@@ -43,7 +43,7 @@ def build_methods(config: Config) -> Mapping[str, Method]:
         return trainable["weights"]
 
     def masked_start(params: Any) -> Any:
-        return {"weights": sj.apply_masks(params, magnitude_masks(params, config))}
+        return {"weights": sj.prune(params, pattern=config.nm, where=PROJECTIONS)[0]}
 
     def with_scales(params: Any) -> Any:
         scales = weights.init_scales(params, groups=config.scale_groups, where=PROJECTIONS)

@@ -119,12 +119,13 @@ def draw(config: Config, run: Run, trials: list[Trial], best: dict[str, list[Tri
             ]
         return drawn
 
+    names = [LABELS[name] for name in reversed(TRAINED)]
     seeds = f"mean of {config.seeds} seeds, band from lowest to highest"
     if trained:
         figure, axes = new_figure(
             f"Training loss on text, {seeds}", "training step", "cross-entropy (nats per token)"
         )
-        draw_curves(axes, curves("cross_entropy"))
+        draw_curves(axes, curves("cross_entropy"), order=names)
         axes.legend(frameon=False)
         save(figure, run.folder / "loss.png")
         figure, axes = new_figure(
@@ -132,7 +133,7 @@ def draw(config: Config, run: Run, trials: list[Trial], best: dict[str, list[Tri
             "training step",
             "share of groups in the pattern",
         )
-        draw_curves(axes, curves("groups_in_pattern", skip=("naive",)))
+        draw_curves(axes, curves("groups_in_pattern", skip=("naive",)), order=names)
         axes.set_ylim(-0.02, 1.02)
         axes.legend(frameon=False)
         save(figure, run.folder / "groups_in_pattern.png")

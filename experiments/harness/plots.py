@@ -11,6 +11,7 @@ mpl.use("agg")
 import matplotlib.pyplot as plt
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222")
+DASHES = ("-", (0, (6, 2)), (0, (2, 2)), "-.")  # curves that coincide stay visible
 
 
 def new_figure(title: str, x: str, y: str, *, size: tuple[float, float] = (7.0, 4.2)) -> Any:
@@ -28,16 +29,26 @@ def new_figure(title: str, x: str, y: str, *, size: tuple[float, float] = (7.0, 
     return figure, axes
 
 
-def draw_curves(axes: Any, curves: Mapping[str, Sequence[tuple[Any, Any]]]) -> None:
+def draw_curves(
+    axes: Any,
+    curves: Mapping[str, Sequence[tuple[Any, Any]]],
+    *,
+    order: Sequence[str] | None = None,
+) -> None:
     """Mean curves over seeds, with a band from the lowest to the highest.
 
     Args:
       curves: name -> one `(x, y)` a seed, all of the same length.
+      order: all names that a family of figures knows, so that a name has one colour in all of
+        them; the names of `curves` by default.
     """
-    for (name, runs), color in zip(curves.items(), (COLORS * 3)):
+    known = list(order or curves)
+    for name, runs in curves.items():
+        place = known.index(name)
+        color, dash = COLORS[place % len(COLORS)], DASHES[place % len(DASHES)]
         x = np.asarray(runs[0][0])
         y = np.stack([np.asarray(values) for _, values in runs])
-        axes.plot(x, y.mean(0), label=name, color=color, linewidth=1.6)
+        axes.plot(x, y.mean(0), label=name, color=color, linestyle=dash, linewidth=1.6)
         if len(runs) > 1:
             axes.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.18, linewidth=0)
 

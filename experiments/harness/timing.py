@@ -17,7 +17,7 @@ from rich.table import Table
 from experiments.harness.progress import make_table
 
 Clock = Callable[[], float]
-HEADER = ("", "against", "median ms", "quartiles", "CPU ms", "ratio", "CPU ratio", "goal", "met")
+HEADER = ("", "ms", "quartiles", "ratio", "CPU ratio", "goal", "met")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,23 +60,16 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """What the ratio of an alternative should be.
-
-    Attributes:
-      limit: a factor, positive.
-      faster: True: at least `limit` times as fast as the baseline; False: at most `limit` times
-        its time.
-    """
+    """What the ratio of an alternative should be at most; 1 / 100 is a hundred times faster."""
 
     limit: float
-    faster: bool = False
 
     def __str__(self) -> str:
-        return f">= {self.limit:g}x faster" if self.faster else f"<= {self.limit:g}x"
+        return f"<= {_factor(self.limit)}"
 
     def met(self, timing: Timing) -> bool:
         """Whether the medians of a run meet it."""
-        return 1 / timing.ratio >= self.limit if self.faster else timing.ratio <= self.limit
+        return timing.ratio <= self.limit
 
 
 def compare(
@@ -141,15 +134,17 @@ def timing_table(
 
     Args:
       title: above the table.
-      timings: one row each; a baseline's own row has no ratio.
-      goals: by the name of the timing; no goal for the others.
+      timings: a row each; a baseline comes before what is compared with it, which is indented.
+      goals: by the name of the timing; the others have none.
 
     Returns:
       The table, and the same rows for JSON with times in milliseconds.
     """
     rows = [_as_row(timing, goals.get(timing.name)) for timing in timings]
-    shown = [_as_text(timing, goals.get(timing.name)) for timing in timings]
-    return make_table(title, HEADER, shown), rows
+    table = make_table(title, HEADER, [_as_text(t, goals.get(t.name)) for t in timings])
+    for column in table.columns[1:]:
+        column.no_wrap = True
+    return table, rows
 
 
 def _time(
@@ -185,18 +180,13 @@ def _as_row(timing: Timing, goal: Goal | None) -> dict[str, Any]:
 
 def _as_text(timing: Timing, goal: Goal | None) -> list[str]:
     first, third = timing.quartiles
-    times = [
-        f"{1e3 * timing.median:.3g}",
-        f"{1e3 * first:.3g} - {1e3 * third:.3g}",
-        f"{1e3 * timing.cpu_median:.3g}",
-    ]
+    times = [f"{1e3 * timing.median:.3g}", f"{1e3 * first:.3g}-{1e3 * third:.3g}"]
     if timing.name == timing.baseline:
-        return [timing.name, "", *times, "", "", "", ""]
+        return [timing.name, *times, "", "", "", ""]
     verdict = ["", ""] if goal is None else [str(goal), "yes" if goal.met(timing) else "no"]
-    ratios = [_factor(timing.ratio, goal), _factor(timing.cpu_ratio, goal)]
-    return [timing.name, timing.baseline, *times, *ratios, *verdict]
+    return [f"  {timing.name}", *times, _factor(timing.ratio), _factor(timing.cpu_ratio), *verdict]
 
 
-def _factor(ratio: float, goal: Goal | None) -> str:
-    faster = ratio < 1 if goal is None else goal.faster
-    return f"{1 / ratio:.3g}x faster" if faster and ratio else f"{ratio:.3g}x"
+def _factor(ratio: float) -> str:
+    """`1.25`, or `1/100` for what is much faster."""
+    return f"1/{1 / ratio:.3g}" if 0 < ratio < 0.5 else f"{ratio:.3g}"

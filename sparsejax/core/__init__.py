@@ -20,6 +20,7 @@ from sparsejax.core.masks import (
     dense_masks,
     make_masks,
     pack_masks,
+    prune,
     unpack_masks,
 )
 from sparsejax.core.patterns import NM, Block, Channel, Pattern, Unstructured, nm_mask
@@ -90,6 +91,7 @@ __all__ = [
     "path_name",
     "polynomial_sparsity",
     "project",
+    "prune",
     "sad",
     "selected_paths",
     "set_masks",

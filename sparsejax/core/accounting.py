@@ -138,7 +138,7 @@ class SparsityCard:
         )
 
     def __str__(self) -> str:
-        head = ("leaf", "shape", "dtype", "kept", "density", "MFLOPs", "KiB", "packed KiB")
+        head = ("leaf", "shape", "dtype", "kept", "density", "operations", "KiB", "packed KiB")
         rows: list[tuple[str, ...]] = [head]
         for leaf in self.leaves:
             rows.append(
@@ -148,7 +148,7 @@ class SparsityCard:
                     leaf.dtype,
                     f"{leaf.kept:,}",
                     f"{leaf.kept / max(leaf.size, 1):.4f}" if leaf.sparse else "dense",
-                    f"{2 * leaf.kept_macs / 1e6:.3g}",
+                    _short(2 * leaf.kept_macs),
                     f"{leaf.dense_bytes / 1024:,.1f}",
                     f"{leaf.packed_bytes / 1024:,.1f}",
                 )
@@ -161,8 +161,8 @@ class SparsityCard:
                 "",
                 "",
                 f"{kept:,}",
-                f"{self.density:.4f}",
-                f"{kept_flops / 1e6:.3g}",
+                f"{kept / max(self.size, 1):.4f}",
+                _short(kept_flops),
                 f"{dense_bytes / 1024:,.1f}",
                 f"{packed / 1024:,.1f}",
             )
@@ -177,8 +177,8 @@ class SparsityCard:
         ]
         saved = 1 - kept_flops / flops if flops else 0.0
         lines.append(
-            f"operations for one position: {flops / 1e6:.3g} M dense; {saved:.1%} fewer in a "
-            "kernel that skips zeros (simulated until then)"
+            f"sparse leaves at density {self.density:.4f}; {_short(flops)} operations for one "
+            f"position dense, {saved:.1%} fewer in a kernel that skips zeros (simulated until then)"
         )
         return "\n".join(lines)
 
@@ -219,6 +219,13 @@ def summarize(params: PyTree, masks: PyTree) -> SparsityCard:
             )
         )
     return SparsityCard(tuple(cards))
+
+
+def _short(count: int) -> str:
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
 
 
 def _multiplies(path: str, leaf: Any) -> bool:

@@ -89,6 +89,10 @@ def sr_ste(
     Differentiate through it: pruned entries receive the gradient of their projected zero plus
     `decay` times themselves, so that they can come back but do not drift.
 
+    The view of a whole NNX module is a new module: state that its forward pass changes (batch
+    statistics, dropout keys) has to be carried back with `nnx.update`, or split the parameters off
+    and view those.
+
     Args:
       params: any PyTree of arrays.
       pattern: for example `NM(2, 4)`; masks come from `abs(w)`, anew at every call.

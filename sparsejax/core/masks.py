@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, PyTree, UInt8
 
 from sparsejax.core.patterns import Density, Pattern, Unstructured
+from sparsejax.core.scores import magnitude
 from sparsejax.core.selection import (
     Where,
     align,
@@ -73,6 +74,29 @@ def make_masks(
     return jax.tree.unflatten(jax.tree.structure(scores), masks)
 
 
+def prune(
+    params: PyTree,
+    density: Any = None,
+    *,
+    pattern: Pattern = Unstructured(),  # noqa: B008 (frozen)
+    where: Where = None,
+) -> tuple[PyTree, PyTree]:
+    """Prunes parameters by magnitude, once.
+
+    Args:
+      params: any PyTree. density, pattern, where: see `make_masks`.
+
+    Returns:
+      The sparse parameters and their masks.
+
+    >>> sparse, masks = prune({"kernel": jnp.asarray([[1.0], [-3.0], [2.0], [0.5]])}, 0.5)
+    >>> sparse["kernel"][:, 0]
+    Array([ 0., -3.,  2.,  0.], dtype=float32)
+    """
+    masks = make_masks(magnitude(params), density, pattern=pattern, where=where)
+    return apply_masks(params, masks), masks
+
+
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
     """Sets the pruned entries to zero (also where they are infinite or NaN).
 
@@ -93,6 +117,9 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
 def check_masks(masks: PyTree, params: PyTree) -> PyTree:
     """Brings masks into the structure of the parameters and checks every leaf.
 
+    Leaves that are no arrays need no mask: masks of a filtered Equinox module fit the whole module,
+    and the other way round.
+
     Returns:
       The masks in the containers of `params`.
 
@@ -101,7 +128,10 @@ def check_masks(masks: PyTree, params: PyTree) -> PyTree:
         parameter's nor a scalar's.
       TypeError: naming a leaf that is not bool.
     """
-    masks = align(masks, params)
+    if jax.tree.structure(masks) != jax.tree.structure(params):
+        wanted = dict(named_leaves(params))
+        given = {p: m for p, m in named_leaves(masks) if p in wanted or not is_dense(m)}
+        masks = align({p: True for p in wanted if not is_array(wanted[p])} | given, params)
     for (path, leaf), mask in zip(named_leaves(params), jax.tree.leaves(masks)):
         if not isinstance(mask, bool) and mask.dtype != jnp.bool_:
             raise TypeError(f"the mask of {path!r} must be bool, not {mask.dtype}")
@@ -133,6 +163,9 @@ class MaskCount:
     def density(self) -> float:
         """Share that stays; 1 when no leaf is sparse."""
         return self.kept / self.size if self.size else 1.0
+
+    def __str__(self) -> str:
+        return f"{self.kept:,} of {self.size:,} kept ({self.density:.2%})"
 
 
 def count_masks(masks: PyTree) -> MaskCount:

@@ -117,7 +117,8 @@ def align(tree: PyTree, like: PyTree, *, name: str = "masks") -> PyTree:
     """Gives the leaves of `tree` the structure of `like`, matching them by path.
 
     Args:
-      tree: a tree with the paths of `like`, in any order and any container.
+      tree: a tree with the paths of `like`, in any order and any container; a flat
+        `{path: leaf}` will do.
       like: the tree whose structure is wanted.
       name: what `tree` is called in an error.
 

@@ -230,6 +230,7 @@ class Llama(nnx.Module):
     on, `norm/scale [d]`, and `head/kernel [d, vocab]` unless the embeddings are tied.
     Call it under `jit`: outside, the loop over the blocks is compiled anew at every call.
 
+    >>> from sparsejax.models import llama_config
     >>> model = Llama(llama_config("laptop"), rngs=nnx.Rngs(0))
     >>> graphdef, params = nnx.split(model)
     >>> nnx.merge(graphdef, params)(jnp.zeros((1, 8), jnp.int32)).shape
@@ -405,8 +406,9 @@ def param_specs(
 
     Raises ValueError for an unknown logical axis or parameter.
 
-    >>> param_specs({"up_proj": {"kernel": jnp.ones((2, 4, 8))}})  # [layers, in, out]
-    {'up_proj': {'kernel': PartitionSpec(None, None, 'model')}}
+    >>> specs = param_specs({"up_proj": {"kernel": jnp.ones((2, 4, 8))}})  # [layers, in, out]
+    >>> specs["up_proj"]["kernel"] == PartitionSpec(None, None, "model")
+    True
     """
     known = {"layers"}.union(*LOGICAL_AXES.values())
     require(

@@ -45,7 +45,7 @@ def test_linear_vectors(reference):
         assert grad.dtype == kernel.dtype
         close(grad.T, case["grad_weight_srste"])
         tree = {"kernel": kernel}
-        through = jax.vjp(lambda p: x @ sj.ste(p, sj.NM(n, m))["kernel"], tree)[1]
+        through = jax.vjp(lambda p, x=x, n=n, m=m: x @ sj.ste(p, sj.NM(n, m))["kernel"], tree)[1]
         close(through(cotangent)[0]["kernel"].T, case["grad_weight_ste"])
 
 
@@ -206,7 +206,7 @@ def test_a_full_pattern_is_the_identity():
 
 def test_errors_name_argument_and_range(unchecked):
     params = network()
-    with pytest.raises(ValueError, match="decay is -0.1; it must not be negative"):
+    with pytest.raises(ValueError, match=r"decay is -0\.1; it must not be negative"):
         sj.sr_ste(params, PATTERN, decay=-0.1)
     with pytest.raises(ValueError, match="decay is -1"):
         sj.srste_decay(PATTERN, decay=-1.0)

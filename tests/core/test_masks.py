@@ -67,6 +67,22 @@ def test_an_equinox_module_keeps_its_functions():
     assert sparse(jnp.ones(8)).shape == (4,)
 
 
+def test_masks_of_a_filtered_equinox_module_fit_the_whole_one():
+    mlp = eqx.nn.MLP(8, 4, 8, 1, key=jax.random.key(0))
+    arrays = eqx.filter(mlp, eqx.is_array)
+    pattern = sj.NM(2, 4, axis=-1)
+    for source, target in ((mlp, arrays), (arrays, mlp)):
+        masks = sj.make_masks(sj.magnitude(source), pattern=pattern)
+        assert int((sj.apply_masks(target, masks).layers[0].weight != 0).sum()) == 32
+        assert sj.summarize(target, masks).density == 0.5
+
+
+def test_pruning_once():
+    sparse, masks = sj.prune(params(), 0.25, where="^a/")
+    assert int((sparse["a"]["kernel"] != 0).sum()) == 24
+    assert str(sj.count_masks(masks)) == "27 of 108 kept (25.00%)"
+
+
 def test_pruned_infinities_become_zero():
     w = {"kernel": jnp.full((4, 1), jnp.inf)}
     masks = {"kernel": jnp.asarray([[True], [False], [False], [False]])}

@@ -57,9 +57,9 @@ def test_errors_name_argument_and_range(unchecked):
     ]:
         with pytest.raises(ValueError, match=message):
             sj.cubic(**wrong)
-    with pytest.raises(ValueError, match="final is 1.5; a sparsity"):
+    with pytest.raises(ValueError, match=r"final is 1\.5; a sparsity"):
         sj.polynomial_sparsity(jnp.int32(0), final=1.5, begin=0, end=1)
-    with pytest.raises(ValueError, match="initial is 0.1; the jaxpruner convention starts at 0"):
+    with pytest.raises(ValueError, match=r"initial is 0\.1; the jaxpruner convention starts at 0"):
         sj.polynomial_sparsity(0, initial=0.1, final=0.5, begin=0, end=1, convention="jaxpruner")
     with pytest.raises(ValueError, match="convention is 'x'"):
         sj.polynomial_sparsity(0, final=0.5, begin=0, end=1, convention="x")

@@ -89,6 +89,16 @@ def test_adams_vectors(reference):
         close(report["kept_ratio"], case["sparse_weight_ratio"])
 
 
+fold_and_prune = jax.jit(weights.fold_and_prune)
+finish = jax.jit(weights.finish, static_argnames=("pattern", "where"))
+
+
+@jax.jit
+def scale_and_pull(kernel, scale, x, cotangent):
+    y, pull = jax.vjp(lambda w, a: x @ weights.scaled_kernel(w, a), kernel, scale)
+    return y, pull(cotangent)
+
+
 @pytest.mark.vectors
 def test_scale_vectors(reference):
     for case in reference("cast").cases("scale"):
@@ -96,17 +106,17 @@ def test_scale_vectors(reference):
         pattern = sj.NM(case["n"], case["m"], ties="lowest")
         for dtype, tolerance in ((jnp.float64, 1e-10), (jnp.float32, 2e-5)):
             kernel, scale, x = (jnp.asarray(a, dtype) for a in arrays)
-            y, pull = jax.vjp(lambda w, a, x=x: x @ weights.scaled_kernel(w, a), kernel, scale)
+            cotangent = jnp.asarray(case["cotangent"], dtype)
+            y, (grad_kernel, grad_scale) = scale_and_pull(kernel, scale, x, cotangent)
             assert y.dtype == dtype
             close(y, case["y"], tolerance)
-            grad_kernel, grad_scale = pull(jnp.asarray(case["cotangent"], dtype))
             close(grad_kernel.T, case["grad_weight"], tolerance)
             close(grad_scale.T, case["grad_scale"], tolerance)
             mask = pattern.mask(jnp.abs(kernel))
             np.testing.assert_array_equal(mask.T, case["mask"])
-            folded = weights.fold_and_prune(kernel, scale, mask)
+            folded = fold_and_prune(kernel, scale, mask)
             close(folded.T, case["folded_weight"], tolerance)
-            finished, masks = weights.finish({"kernel": kernel}, {"kernel": scale}, pattern=pattern)
+            finished, masks = finish({"kernel": kernel}, {"kernel": scale}, pattern=pattern)
             np.testing.assert_array_equal(masks["kernel"], mask)
             np.testing.assert_array_equal(finished["kernel"], folded)
 
@@ -476,10 +486,16 @@ def test_scaled_kernel_is_its_formula_and_so_is_its_gradient():
     def explicit(w, a):
         return jnp.stack([w[r] * a[r // 4] for r in range(12)])
 
-    got, pull = jax.vjp(weights.scaled_kernel, kernel, scale)
-    wanted, explicit_pull = jax.vjp(explicit, kernel, scale)
+    def pulled(function):
+        def value_and_pull(w, a):
+            value, pull = jax.vjp(function, w, a)
+            return value, pull(cotangent)
+
+        return jax.jit(value_and_pull)(kernel, scale)
+
+    (got, grads), (wanted, wanted_grads) = pulled(weights.scaled_kernel), pulled(explicit)
     np.testing.assert_array_equal(got, wanted)
-    same_trees(pull(cotangent), explicit_pull(cotangent), rtol=1e-5, atol=1e-6)
+    same_trees(grads, wanted_grads, rtol=1e-5, atol=1e-6)
     narrow = weights.scaled_kernel(kernel.astype(jnp.bfloat16), scale.astype(jnp.bfloat16))
     assert narrow.dtype == jnp.bfloat16
     batched = jax.vmap(weights.scaled_kernel, in_axes=(None, 0))(kernel, scale[None])
@@ -493,8 +509,8 @@ def test_stacked_layers_are_scaled_and_finished_layer_by_layer():
     assert scales["layers"]["kernel"].shape == (3, 2, 4)
     assert scales["embed"]["kernel"].shape == ()
     scales["layers"]["kernel"] += jax.random.normal(jax.random.key(1), (3, 2, 4))
-    view = weights.scale_params(params, scales)
-    final, masks = weights.finish(params, scales)
+    view = jax.jit(weights.scale_params)(params, scales)
+    final, masks = finish(params, scales)
     np.testing.assert_array_equal(view["embed"]["kernel"], kernel[0])
     np.testing.assert_array_equal(final["embed"]["kernel"], kernel[0])
     for i in range(3):
@@ -502,7 +518,7 @@ def test_stacked_layers_are_scaled_and_finished_layer_by_layer():
         np.testing.assert_array_equal(
             view["layers"]["kernel"][i], weights.scaled_kernel(kernel[i], scale)
         )
-        alone, mask = weights.finish({"kernel": kernel[i]}, {"kernel": scale})
+        alone, mask = finish({"kernel": kernel[i]}, {"kernel": scale})
         np.testing.assert_array_equal(final["layers"]["kernel"][i], alone["kernel"])
         np.testing.assert_array_equal(masks["layers"]["kernel"][i], mask["kernel"])
 
@@ -536,8 +552,8 @@ def test_an_nnx_state_is_scaled_trained_and_finished():
     np.testing.assert_allclose(
         of_scales["kernel"][...], 2 * kernel.reshape(4, 2, 4).sum(1), rtol=1e-5, atol=1e-6
     )
-    final, masks = weights.finish(params, scales)
-    pure, _ = weights.finish(nnx.to_pure_dict(params), nnx.to_pure_dict(scales))
+    final, masks = finish(params, scales)
+    pure, _ = finish(nnx.to_pure_dict(params), nnx.to_pure_dict(scales))
     np.testing.assert_array_equal(final["kernel"][...], pure["kernel"])
     assert sj.count_masks(masks).per_leaf == {"kernel": (16, 32)}
     assert jax.tree.structure(final) == jax.tree.structure(params)
@@ -556,7 +572,7 @@ def test_scaled_linear():
     np.testing.assert_allclose(
         biased(x), x @ (biased.kernel[...] * rows) + jnp.arange(3.0), rtol=1e-5, atol=1e-5
     )
-    grads = nnx.grad(lambda m: jnp.sum(m(x) ** 2))(biased)
+    grads = nnx.jit(nnx.grad(lambda m: jnp.sum(m(x) ** 2)))(biased)
     assert all(float(jnp.abs(grads[k][...]).max()) > 0 for k in ("kernel", "scale", "bias"))
     state = nnx.state(biased)
     assert sj.selected_paths(state) == ("kernel",)  # the scales stay dense by default
