@@ -101,7 +101,7 @@ def measure(config: Config, console: Console) -> tuple[list[Timing], dict[str, G
 
 def nm_groups(config: Config) -> Iterator[Group]:
     """2:4 masks by magnitude, along either axis, against two argsorts inside every group."""
-    w = jax.random.normal(jax.random.key(0), (config.side, config.side))
+    w = _distinct(config.side)
     for axis in (-2, -1):
         by_sort = f"2:4 along axis {axis}: two argsorts"
         ours = {
@@ -119,7 +119,7 @@ def nm_groups(config: Config) -> Iterator[Group]:
 
 def unstructured_groups(config: Config) -> Iterator[Group]:
     """Exact masks over a whole leaf against an argsort, without and with equal scores."""
-    scores = jnp.abs(jax.random.normal(jax.random.key(1), (config.side, config.side)))
+    scores = jnp.abs(_distinct(config.side))
     tied = scores.astype(jnp.bfloat16).astype(jnp.float32)
     keep = sj.keep_count(scores.size, DENSITY)
     for kind, values in (("distinct", scores), ("tied", tied)):
@@ -244,6 +244,13 @@ def main(arguments: list[str] | None = None) -> None:
         f"figures in {folder / 'masks.json'}",
         soft_wrap=True,
     )
+
+
+def _distinct(side: int) -> jax.Array:
+    """A square of weights in random order, no two of equal size: a sort breaks no tie its way."""
+    sizes = 1 + jax.random.permutation(jax.random.key(0), side * side)
+    signs = jax.random.rademacher(jax.random.key(1), sizes.shape)
+    return (signs * sizes).astype(jnp.float32).reshape(side, side)
 
 
 def _nm_by_argsort(scores: jax.Array, axis: int) -> jax.Array:

@@ -1,8 +1,8 @@
 """The algebra that every method shares: patterns x scores x allocation x schedules x gradients."""
 
 from sparsejax.core.accounting import (
-    LeafCard,
-    SparsityCard,
+    LeafSummary,
+    SparsitySummary,
     flips,
     nonzero_report,
     sad,
@@ -54,13 +54,13 @@ __all__ = [
     "NM",
     "Block",
     "Channel",
-    "LeafCard",
+    "LeafSummary",
     "MaskComparison",
     "MaskCount",
     "PackedMask",
     "Pattern",
     "Schedule",
-    "SparsityCard",
+    "SparsitySummary",
     "StaticSparsityState",
     "Unstructured",
     "Where",

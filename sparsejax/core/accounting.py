@@ -73,8 +73,8 @@ def nonzero_report(
 
 
 @dataclasses.dataclass(frozen=True)
-class LeafCard:
-    """One leaf of a `SparsityCard`.
+class LeafSummary:
+    """One leaf of a `SparsitySummary`.
 
     Attributes:
       path, shape, dtype: of the parameter.
@@ -99,7 +99,7 @@ class LeafCard:
 
 
 @dataclasses.dataclass(frozen=True)
-class SparsityCard:
+class SparsitySummary:
     """What a mask tree does to a model, leaf by leaf; print it for a table.
 
     The operations are what the mask would save in a kernel that skips zeros. A masked dense
@@ -107,7 +107,7 @@ class SparsityCard:
     that knows the pattern, the saving is simulated.
     """
 
-    leaves: tuple[LeafCard, ...]
+    leaves: tuple[LeafSummary, ...]
 
     @property
     def size(self) -> int:
@@ -183,8 +183,8 @@ class SparsityCard:
         return "\n".join(lines)
 
 
-def summarize(params: PyTree, masks: PyTree) -> SparsityCard:
-    """Makes the card of a model: densities, operations and bytes of every leaf.
+def summarize(params: PyTree, masks: PyTree) -> SparsitySummary:
+    """Makes the summary of a model: densities, operations and bytes of every leaf.
 
     Args:
       params: arrays or `jax.ShapeDtypeStruct`s.
@@ -195,7 +195,7 @@ def summarize(params: PyTree, masks: PyTree) -> SparsityCard:
     """
     masks = check_masks(masks, params)
     counts = count_masks(masks).per_leaf
-    cards = []
+    leaves = []
     for (path, leaf), mask in zip(named_leaves(params), jax.tree.leaves(masks)):
         if not is_array(leaf):
             continue
@@ -204,8 +204,8 @@ def summarize(params: PyTree, masks: PyTree) -> SparsityCard:
         kept = counts[path][0] if sparse else size
         macs = size if _multiplies(path, leaf) else 0
         itemsize = np.dtype(leaf.dtype).itemsize
-        cards.append(
-            LeafCard(
+        leaves.append(
+            LeafSummary(
                 path=path,
                 shape=tuple(leaf.shape),
                 dtype=str(leaf.dtype),
@@ -218,7 +218,7 @@ def summarize(params: PyTree, masks: PyTree) -> SparsityCard:
                 packed_bytes=kept * itemsize + (-(-size // 8) if sparse else 0),
             )
         )
-    return SparsityCard(tuple(cards))
+    return SparsitySummary(tuple(leaves))
 
 
 def _short(count: int) -> str:

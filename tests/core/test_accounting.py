@@ -33,7 +33,7 @@ def test_nonzero_report():
     assert (nonzeros, size) == (112, 116)
 
 
-def test_the_card_counts_operations_and_bytes():
+def test_the_summary_counts_operations_and_bytes():
     params = tree()
     masks = sj.make_masks(sj.magnitude(params), pattern=sj.NM(1, 4))
     card = sj.summarize(params, masks)
