@@ -24,7 +24,7 @@ import sparsejax as sj
 from experiments.harness.run import versions, write_json
 from experiments.harness.timing import Goal, Timing, compare, timing_table
 from sparsejax import weights
-from sparsejax.models import Llama, LlamaConfig, llama_config
+from sparsejax.models import Llama, LlamaConfig, llama_config, parameter_count
 
 PROJECTIONS = r"_proj/kernel$"
 PATTERN = sj.NM(2, 4)
@@ -221,16 +221,22 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         print(f"error: {folder} cannot be written: {error.strerror}", file=sys.stderr)
         sys.exit(2)
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    config = PRESETS[chosen.preset]
     started, load = time.time(), os.getloadavg()[0]
-    timings, goals = measure(PRESETS[chosen.preset], console)
+    timings, goals = measure(config, console)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
-    title = f"masks ({chosen.preset}) on {device}"
+    sizes = (
+        f"masks of {config.side**2:,} weights; steps of a LLaMA with "
+        f"{parameter_count(config.model):,} parameters on {config.batch} x {config.seq_len} tokens"
+    )
+    title = f"{sizes}\n({chosen.preset}, {device})"
     table, rows = timing_table(title, timings, goals)
     console.print(table)
     loads = [round(load, 2), round(os.getloadavg()[0], 2)]
     report = {
         "preset": chosen.preset,
+        "sizes": sizes,
         "device": device,
         "load_average": loads,
         "seconds": round(time.time() - started, 1),

@@ -142,6 +142,8 @@ def timing_table(
     """
     rows = [_as_row(timing, goals.get(timing.name)) for timing in timings]
     table = make_table(title, HEADER, [_as_text(t, goals.get(t.name)) for t in timings])
+    table.caption = "ratio: of the medians, to the row above that is not indented"
+    table.caption_justify = "left"
     for column in table.columns[1:]:
         column.no_wrap = True
     return table, rows
