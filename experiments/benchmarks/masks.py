@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from rich.console import Console
@@ -24,12 +25,14 @@ import sparsejax as sj
 from experiments.harness.run import versions, write_json
 from experiments.harness.timing import Goal, Timing, compare, timing_table
 from sparsejax import weights
+from sparsejax.core.patterns import Ties
 from sparsejax.models import Llama, LlamaConfig, llama_config, parameter_count
 
 PROJECTIONS = r"_proj/kernel$"
 PATTERN = sj.NM(2, 4)
 DENSITY = 0.25
 MASK_PERIOD = 10
+TIES: tuple[Ties, ...] = ("last", "lowest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,12 +107,7 @@ def nm_groups(config: Config) -> Iterator[Group]:
     w = _distinct(config.side)
     for axis in (-2, -1):
         by_sort = f"2:4 along axis {axis}: two argsorts"
-        ours = {
-            f"nm_mask along {axis}, ties {ties}": jax.jit(
-                lambda w, axis=axis, ties=ties: sj.nm_mask(jnp.abs(w), 2, 4, axis=axis, ties=ties)
-            )
-            for ties in ("last", "lowest")
-        }
+        ours = {f"nm_mask along {axis}, ties {ties}": _nm_by_rank(axis, ties) for ties in TIES}
         functions = {
             by_sort: jax.jit(lambda w, axis=axis: _nm_by_argsort(jnp.abs(w), axis)),
             **ours,
@@ -133,7 +131,7 @@ def unstructured_groups(config: Config) -> Iterator[Group]:
 
 def packing_groups(config: Config) -> Iterator[Group]:
     """Masks at one bit an entry against a copy of the bool array."""
-    mask = jax.random.bernoulli(jax.random.key(2), 0.5, (config.side, config.side))
+    mask = _distinct(config.side) > 0
     copy, pack, unpack = jax.jit(jnp.copy), jax.jit(sj.pack_masks), jax.jit(sj.unpack_masks)
     packed = pack(mask)
     functions = {
@@ -148,9 +146,9 @@ def packing_groups(config: Config) -> Iterator[Group]:
 def step_groups(config: Config) -> Iterator[Group]:
     """Whole training steps of a LLaMA, with donated state."""
     graph, params = _model(config.model)
-    windows = jax.random.randint(
-        jax.random.key(3), (config.batch, config.seq_len + 1), 0, config.model.vocab_size
-    )
+    shape = (config.batch, config.seq_len + 1)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape)
+    windows = jnp.asarray(tokens, jnp.int32)
     masks = sj.make_masks(sj.magnitude(params), pattern=PATTERN, where=PROJECTIONS)
 
     def step(
@@ -167,7 +165,7 @@ def step_groups(config: Config) -> Iterator[Group]:
             updates, opt = tx.update(jax.grad(loss)(params), opt, params)
             return optax.apply_updates(params, updates), opt
 
-        return _stepping(one, (params, tx.init(params)), windows)
+        return _stepping(one, params, tx, windows)
 
     plain = "step: optax.adamw"
     srste, static, adams = "step, SR-STE, new mask each", "step, static mask", "step, AdamS"
@@ -192,7 +190,7 @@ def update_groups(config: Config) -> Iterator[Group]:
             updates, opt = tx.update(grads, opt, params)
             return optax.apply_updates(params, updates), opt
 
-        call = _stepping(one, (params, tx.init(params)), grads)
+        call = _stepping(one, params, tx, grads)
 
         def period() -> Any:
             for _ in range(MASK_PERIOD - 1):
@@ -254,9 +252,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _distinct(side: int) -> jax.Array:
     """A square of weights in random order, no two of equal size: a sort breaks no tie its way."""
-    sizes = 1 + jax.random.permutation(jax.random.key(0), side * side)
-    signs = jax.random.rademacher(jax.random.key(1), sizes.shape)
-    return (signs * sizes).astype(jnp.float32).reshape(side, side)
+    rng = np.random.default_rng(0)
+    sizes = 1 + rng.permutation(side * side)
+    signs = rng.choice([-1, 1], side * side)
+    return jnp.asarray((signs * sizes).reshape(side, side), jnp.float32)
+
+
+def _nm_by_rank(axis: int, ties: Ties) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda w: sj.nm_mask(jnp.abs(w), 2, 4, axis=axis, ties=ties))
 
 
 def _nm_by_argsort(scores: jax.Array, axis: int) -> jax.Array:
@@ -289,11 +292,13 @@ def _mask_group(
     return Group(calls, baseline, config.mask_rounds, goals)
 
 
-def _stepping(step: Callable[..., Any], state: Any, *inputs: Any) -> Callable[[], Any]:
-    """A call that moves its own state one step on, in place."""
+def _stepping(
+    step: Callable[..., Any], params: Any, tx: optax.GradientTransformation, *inputs: Any
+) -> Callable[[], Any]:
+    """A call that moves its own parameters and optimiser state one step on, in place."""
     compiled = jax.jit(step, donate_argnums=0)
-    # a copy, because donation deletes what is shared with other states
-    state = jax.tree.map(jnp.copy, state)
+    # copies, because donation deletes what is shared with other states
+    state = jax.jit(lambda p: jax.tree.map(jnp.copy, (p, tx.init(p))))(params)
 
     def call() -> Any:
         nonlocal state

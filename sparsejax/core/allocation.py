@@ -17,9 +17,7 @@ from sparsejax.core.selection import named_leaves
 Kind = Literal["uniform", "uniform_plus", "er", "erk", "erk_plus"]
 
 
-def uniform(
-    shapes: PyTree, density: float, *, custom: Mapping[str, float] | None = None
-) -> PyTree:
+def uniform(shapes: PyTree, density: float, *, custom: Mapping[str, float] | None = None) -> PyTree:
     """The same density for every leaf.
 
     Args:
@@ -160,7 +158,8 @@ def erk_plus(
     left = (density * everything - sizes[-1] * fc_density) / (everything - sizes[-1])
     if not 0 < left <= 1:
         raise ValueError(
-            f"density is {density}: with the last leaf at {fc_density} the others would get {left:.4g}"
+            f"density is {density}: with the last leaf at {fc_density} the others would get "
+            f"{left:.4g}"
         )
     first = dict(list(named_leaves(shapes))[:-1])
     solved = dict(named_leaves(erk(first, left)))

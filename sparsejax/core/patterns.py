@@ -170,7 +170,8 @@ def nm_mask(
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _nm_mask(scores: Array, n: int, m: int, axis: int, stride: int, ties: Ties) -> Array:
     keys = ordered_bits(scores, nan="highest")
-    grouped = keys.reshape(*keys.shape[:axis], -1, m, stride, *keys.shape[axis + 1 :])
+    groups = keys.shape[axis] // (m * stride)
+    grouped = keys.reshape(*keys.shape[:axis], groups, m, stride, *keys.shape[axis + 1 :])
     member = axis + 1
     if m <= 8:  # unrolled: every pair is compared once, and nothing but the mask is stored
         members = [lax.index_in_dim(grouped, i, member, keepdims=False) for i in range(m)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import jax.numpy as jnp
@@ -168,6 +169,111 @@ def one_shot(step: int) -> Schedule:
     return Schedule(begin=step, end=step, freq=1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Periodic:
+    """The final sparsity from `begin` on, with masks made anew every `freq` steps until `end`.
+
+    Attributes:
+      begin, end, freq: first and last update, and the steps between two.
+
+    Raises:
+      ValueError: `end < begin`, a negative `begin` or `freq < 1`.
+    """
+
+    begin: int
+    end: int
+    freq: int = 100
+
+    def __post_init__(self) -> None:
+        _check_range(self.begin, self.end)
+        if self.freq < 1:
+            raise ValueError(f"freq is {self.freq}; it must be at least 1")
+
+    def __call__(self, step: Step, final: float | Float[Array, ""]) -> Float[Array, ""]:
+        """`final` from `begin` on, 0 before."""
+        reached = jnp.asarray(step) >= self.begin
+        return jnp.where(reached, jnp.asarray(final, jnp.float32), jnp.float32(0))
+
+    def is_update(self, step: Step) -> Bool[Array, ""]:
+        """True where the masks are made anew."""
+        return is_update_step(step, begin=self.begin, end=self.end, freq=self.freq)
+
+
+def linear_mask_decay(*, coef: float, start: int = 0) -> Callable[[Step], Float[Array, ""]]:
+    """Share of the pruned entries that a decaying mask lets through: `max(1 - coef * t, 0)`.
+
+    Args:
+      coef: per step, at least 0. start: t counts from here; 1 before.
+
+    Raises:
+      ValueError: a negative coef or start.
+
+    Source: Bambhaniya et al., Progressive gradient flow for robust N:M sparsity training (2024).
+    """
+    _check_decay(coef, start)
+    return lambda step: jnp.clip(1 - coef * _since(step, start), 0.0, 1.0)
+
+
+def exponential_mask_decay(*, coef: float, start: int = 0) -> Callable[[Step], Float[Array, ""]]:
+    """`exp(-coef * t)`; arguments, errors and source as `linear_mask_decay`."""
+    _check_decay(coef, start)
+    return lambda step: jnp.exp(-coef * _since(step, start))
+
+
+def stepwise_nm(
+    n: int,
+    m: int,
+    *,
+    kind: Literal["stepwise", "geometric", "densify"] = "stepwise",
+    epochs: int,
+    dense_epochs: int,
+    fine_tune_epochs: int,
+    frames: int = 4,
+) -> tuple[tuple[int, int, int], ...]:
+    """N:M patterns that tighten over training, as rows `(start epoch, n, m)`.
+
+    "stepwise": (m-1):m, then m/2 : m, m/4 : m, ... down to n : m. "geometric": n*j : m*j with j
+    halving from `2**(frames-1)`, density constant. "densify": n : m*j.
+
+    Args:
+      n, m: the final pattern. kind: how it is reached.
+      epochs: in all. dense_epochs: before the first row. fine_tune_epochs: with the last row only.
+      frames: how many rows, except for "stepwise".
+
+    Raises:
+      ValueError: an unknown kind, frames < 1, no epochs left to decay in, n > m, or for "stepwise"
+        an m / n that is no power of two.
+
+    Source: Bambhaniya et al. (2024), structure decay.
+
+    >>> stepwise_nm(1, 8, epochs=10, dense_epochs=2, fine_tune_epochs=0)
+    ((2, 7, 8), (4, 4, 8), (6, 2, 8), (8, 1, 8))
+    """
+    if kind not in ("stepwise", "geometric", "densify"):
+        raise ValueError(f"kind is {kind!r}; allowed are 'stepwise', 'geometric' and 'densify'")
+    if not 1 <= n <= m:
+        raise ValueError(f"n is {n} and m is {m}; allowed is 1 <= n <= m")
+    if frames < 1:
+        raise ValueError(f"frames is {frames}; it must be at least 1")
+    decay = epochs - dense_epochs - fine_tune_epochs
+    if min(dense_epochs, fine_tune_epochs) < 0 or decay < 1:
+        raise ValueError(
+            f"epochs is {epochs}: {dense_epochs} dense and {fine_tune_epochs} fine-tuning leave "
+            f"{decay} to decay in"
+        )
+    if kind == "stepwise":
+        ratio = m // n
+        if ratio * n != m or ratio & (ratio - 1):
+            raise ValueError(f"m / n is {m}/{n}; the stepwise kind needs a power of two")
+        patterns = [(m - 1, m), *((m >> k, m) for k in range(1, ratio.bit_length()))]
+        patterns = patterns if ratio > 1 else [(n, m)]
+    else:
+        factors = [2 ** (frames - 1 - k) for k in range(frames)]
+        patterns = [(n * j if kind == "geometric" else n, m * j) for j in factors]
+    length = decay / len(patterns)
+    return tuple((dense_epochs + int(k * length), *row) for k, row in enumerate(patterns))
+
+
 def cosine_drop(step: Step, *, end: int, alpha: float = 0.3) -> Float[Array, ""]:
     """Share of the active weights to exchange, falling from `alpha` to 0 at `end`.
 
@@ -187,6 +293,15 @@ def cosine_drop(step: Step, *, end: int, alpha: float = 0.3) -> Float[Array, ""]
     step = jnp.asarray(step, jnp.int32)
     share = alpha / 2 * (1 + jnp.cos(math.pi * step.astype(jnp.float32) / end))
     return jnp.where(step < end, share, jnp.float32(0))
+
+
+def _since(step: Step, start: int) -> Float[Array, ""]:
+    return jnp.maximum(jnp.asarray(step, jnp.int32) - start, 0).astype(jnp.float32)
+
+
+def _check_decay(coef: float, start: int) -> None:
+    if coef < 0 or start < 0:
+        raise ValueError(f"coef is {coef} and start {start}; neither may be negative")
 
 
 def _check_range(begin: int, end: int) -> None:

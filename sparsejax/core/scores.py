@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from sparsejax.core.dtypes import widen
 from sparsejax.core.selection import align, is_array, is_dense, named_leaves
@@ -17,6 +17,61 @@ def magnitude(params: PyTree) -> PyTree:
       params: any PyTree; leaves that are no floating-point arrays pass through.
     """
     return jax.tree.map(lambda leaf: jnp.abs(widen(leaf)) if _is_float(leaf) else leaf, params)
+
+
+def gradient_saliency(params: PyTree, grads: PyTree) -> PyTree:
+    """`|weight * gradient|`: how much the loss changes, to first order, without an entry.
+
+    Args:
+      params: any PyTree. grads: with the same paths.
+
+    Raises:
+      ValueError: gradients of another structure.
+    """
+    return jax.tree.map(
+        lambda w, g: jnp.abs(widen(w) * widen(g)) if _is_float(w) else w,
+        params,
+        align(grads, params, name="grads"),
+    )
+
+
+def movement(
+    scores: PyTree, params: PyTree, grads: PyTree, *, learning_rate: float | Float[Array, ""]
+) -> PyTree:
+    """One step of movement scores, `S - learning_rate * weight * gradient`; signed.
+
+    They start at zero, grow where a weight moves away from zero, and mask the weights straight
+    through: gradients are those of `ste(params, pattern, masks=make_masks(scores, density))`.
+
+    Args:
+      scores: so far. params, grads: trees with the same paths. learning_rate: of the scores.
+
+    Raises:
+      ValueError: trees of another structure.
+
+    Source: Sanh et al., Movement pruning (2020).
+    """
+    return jax.tree.map(
+        lambda s, w, g: s - learning_rate * widen(w) * widen(g) if _is_float(w) else s,
+        scores,
+        align(params, scores, name="params"),
+        align(grads, scores, name="grads"),
+    )
+
+
+def random(key: PRNGKeyArray, params: PyTree) -> PyTree:
+    """Uniform noise of every leaf's shape, in float32.
+
+    Args:
+      key: PRNG key, split over the leaves in tree order. params: any PyTree.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, max(len(leaves), 1))
+    noise = [
+        jax.random.uniform(k, leaf.shape) if _is_float(leaf) else leaf
+        for k, leaf in zip(keys, leaves)
+    ]
+    return jax.tree.unflatten(structure, noise)
 
 
 def wanda(params: PyTree, input_norms: PyTree) -> PyTree:

@@ -7,6 +7,7 @@ values at the threshold are settled by a second bisection, on their index along 
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -121,6 +122,115 @@ def topk_mask(
     return exact_topk_mask(scores, keep_count(scores.size, density), axis=None)
 
 
+def global_topk_masks(
+    scores: Sequence[Float[Array, "..."]], k: int | Int[Array, ""]
+) -> list[Bool[Array, "..."]]:
+    """Marks exactly k entries over several arrays, the largest of all of them together.
+
+    One threshold for all: as many passes over the data as the dtype has bits, nothing concatenated,
+    gathered or sorted, so that it works on sharded arrays of any size.
+
+    Args:
+      scores: arrays of one dtype; NaN ranks lowest, among equals the earlier array and then the
+        lowest row-major index wins.
+      k: how many, in [0, total]. A Python int is exact at every size; a traced one is int32.
+
+    Raises:
+      ValueError: no arrays, arrays of several dtypes, or a Python k outside [0, total].
+      TypeError: an array that is not floating point.
+
+    >>> global_topk_masks([jnp.asarray([5.0, 1.0]), jnp.asarray([4.0, 6.0])], 2)
+    [Array([ True, False], dtype=bool), Array([False,  True], dtype=bool)]
+    """
+    if not scores:
+        raise ValueError("scores is empty: there is nothing to rank")
+    dtypes = sorted({str(x.dtype) for x in scores})
+    if len(dtypes) > 1:
+        raise ValueError(f"scores have dtypes {', '.join(dtypes)}; they must be equal to be ranked")
+    total = sum(x.size for x in scores)
+    if isinstance(k, int):
+        if not 0 <= k <= total:
+            raise ValueError(f"k is {k}; it must be in [0, {total}]")
+        wanted = (jnp.int32(k >> 16), jnp.int32(k & 0xFFFF))
+    else:
+        wanted = (k >> 16, k & 0xFFFF)
+    for x in scores:
+        _axes(x, None)
+        _count_dtype(x.size)
+    return _global_topk(list(scores), wanted)
+
+
+@jax.jit
+def _global_topk(scores: list[Array], wanted: tuple[Array, Array]) -> list[Array]:
+    signed, unsigned = _INTEGERS[scores[0].dtype.itemsize]
+    bits = 8 * scores[0].dtype.itemsize
+    top = jnp.asarray(1 << (bits - 1), unsigned)
+
+    def keys_of(x: Array) -> Array:
+        return ordered_bits(x, nan="lowest")
+
+    def as_key(offset: Array) -> Array:
+        return lax.bitcast_convert_type(offset ^ top, signed)
+
+    def settle_bit(i: Array, offset: Array) -> Array:
+        candidate = offset | (top >> i.astype(unsigned))
+        # The barrier ties the scores to this round: the loop would keep a copy of all keys.
+        round_scores, candidate = lax.optimization_barrier((scores, candidate))
+        counts = [jnp.sum(keys_of(x) >= as_key(candidate), dtype=_WIDE) for x in round_scores]
+        return jnp.where(_at_least(_total(counts), wanted), candidate, offset)
+
+    threshold = as_key(lax.fori_loop(0, bits, settle_bit, jnp.zeros((), unsigned)))
+    above = [jnp.sum(keys_of(x) > threshold, dtype=_WIDE) for x in scores]
+    equal = [jnp.sum(keys_of(x) == threshold, dtype=_WIDE) for x in scores]
+    left = _minus(wanted, _total(above))
+    masks = []
+    for x, ties in zip(scores, equal):
+        take = _smaller(ties, left)
+        left = _minus(left, _total([take]))
+        masks.append(_take_ties(x, threshold, ties, take))
+    return masks
+
+
+def _take_ties(x: Array, threshold: Array, ties: Array, take: Array) -> Array:
+    """The keys above the threshold and the first `take` of those at it."""
+    if x.size == 0:
+        return jnp.zeros(x.shape, bool)
+    keys = ordered_bits(x, nan="lowest")
+    above, equal = keys > threshold, keys == threshold
+    axes = tuple(range(x.ndim))
+    wanted = jnp.reshape(take.astype(_count_dtype(x.size)), (1,) * x.ndim)
+    return lax.cond(
+        ties == take,
+        lambda: above | equal,
+        lambda: above | (equal & _first(equal, wanted, axes, x.size)),
+    )
+
+
+# Totals beyond 2^32 as two int32 numbers, hi * 2^16 + lo: without x64 JAX has no wider integer.
+_WIDE = jnp.uint32
+
+
+def _total(counts: Sequence[Array]) -> tuple[Array, Array]:
+    hi = sum((c >> 16).astype(jnp.int32) for c in counts)
+    lo = sum((c & jnp.uint32(0xFFFF)).astype(jnp.int32) for c in counts)
+    return hi + (lo >> 16), lo & 0xFFFF
+
+
+def _at_least(a: tuple[Array, Array], b: tuple[Array, Array]) -> Array:
+    return (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] >= b[1]))
+
+
+def _minus(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+    borrow = (a[1] < b[1]).astype(jnp.int32)
+    return a[0] - b[0] - borrow, a[1] - b[1] + (borrow << 16)
+
+
+def _smaller(count: Array, left: tuple[Array, Array]) -> Array:
+    fits = _at_least(left, _total([count]))
+    narrow = (left[0].astype(_WIDE) << 16) | left[1].astype(_WIDE)
+    return jnp.where(fits, count, narrow)
+
+
 def keep_count(size: int, density: int | float | Float[Array, ""]) -> int | Int[Array, ""]:
     """How many of `size` entries stay at a density: `max(1, round(size * density))`, half to even.
 
@@ -224,29 +334,33 @@ def _first(mask: Array, wanted: Array, axes: tuple[int, ...], size: int) -> Arra
     """Marks everything up to the `wanted`-th True entry of `mask` in row-major order.
 
     Axis by axis: which index holds that entry, then within that index, so that the bisections run
-    over counts of one axis and not over the whole data.
+    over counts along one axis and not over the whole data.
     """
-    dtype = _count_dtype(size)
     some = wanted > 0
     before, inside = jnp.zeros((), bool), jnp.ones((), bool)
     for a in axes:
         counts = _count(mask & inside, tuple(b for b in axes if b != a), size)
-        index = lax.broadcasted_iota(dtype, counts.shape, a)
-        bits = max(1, (mask.shape[a] - 1).bit_length())
-        ahead = functools.partial(_count_below, counts, index, axis=a)
-
-        def settle_bit(i: Array, cut: Array, bits=bits, ahead=ahead, wanted=wanted) -> Array:
-            candidate = cut | (jnp.asarray(1 << (bits - 1), dtype) >> i.astype(dtype))
-            return jnp.where(ahead(candidate) < wanted, candidate, cut)
-
-        start = jnp.zeros_like(wanted + ahead(jnp.zeros((), dtype)))
-        cut = lax.fori_loop(0, bits, settle_bit, start)
-        wanted = wanted - ahead(cut)
+        index = lax.broadcasted_iota(counts.dtype, counts.shape, a)
+        cut, ahead = _index_of(wanted, counts, index, a)
+        wanted = wanted - ahead
         before = before | (inside & (index < cut))
         inside = inside & (index == cut)
     return some & (before | inside)
 
 
-def _count_below(counts: Array, index: Array, cut: Array, *, axis: int) -> Array:
-    below = jnp.where(index < cut, counts, jnp.zeros_like(counts))
-    return jnp.sum(below, axis=axis, keepdims=True, dtype=counts.dtype)
+def _index_of(wanted: Array, counts: Array, index: Array, axis: int) -> tuple[Array, Array]:
+    """The index along `axis` that holds the `wanted`-th of the counted, and how many precede it."""
+    bits = max(1, (counts.shape[axis] - 1).bit_length())
+    top = jnp.asarray(1 << (bits - 1), counts.dtype)
+
+    def ahead_of(cut: Array) -> Array:
+        below = jnp.where(index < cut, counts, jnp.zeros_like(counts))
+        return jnp.sum(below, axis=axis, keepdims=True, dtype=counts.dtype)
+
+    def settle_bit(i: Array, cut: Array) -> Array:
+        candidate = cut | (top >> i.astype(top.dtype))
+        return jnp.where(ahead_of(candidate) < wanted, candidate, cut)
+
+    start = jnp.zeros_like(wanted + ahead_of(jnp.zeros_like(top)))
+    cut = lax.fori_loop(0, bits, settle_bit, start)
+    return cut, ahead_of(cut)

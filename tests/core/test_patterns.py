@@ -93,6 +93,13 @@ def test_many_members_in_a_group():
     assert int(sj.nm_mask(x, 100, 512).sum()) == 200
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (8, 0)])
+def test_empty_leaves(shape):
+    assert sj.nm_mask(jnp.zeros(shape), 2, 4).shape == shape
+    for pattern in (sj.Unstructured(), sj.Block((2, 2)), sj.Channel()):
+        assert pattern.mask(jnp.zeros(shape), 0.5).shape == shape
+
+
 def test_unstructured_axes_are_per_output_and_per_layer():
     x = jax.random.uniform(jax.random.key(0), (3, 8, 4))
     np.testing.assert_array_equal(sj.Unstructured(-2).mask(x, 0.25).sum(1), np.full((3, 4), 2))

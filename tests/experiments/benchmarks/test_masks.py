@@ -73,9 +73,9 @@ def test_the_ratio_is_that_of_the_medians():
 
 def test_short_calls_are_repeated_within_a_measurement():
     clock = FakeClock()
-    functions = {"a": clock.work(1e-4), "b": clock.work(2e-4)}
-    found = timed(functions, clock, baseline="a", rounds=3, min_seconds=1e-2)
-    assert (found["a"].calls, found["b"].calls) == (100, 50)
+    functions = {"a": clock.work(2**-13), "b": clock.work(2**-12)}
+    found = timed(functions, clock, baseline="a", rounds=3, min_seconds=2**-6)
+    assert (found["a"].calls, found["b"].calls) == (128, 64)
     assert found["b"].ratio == pytest.approx(2)
     assert len(found["b"].wall) == 3
 
