@@ -57,14 +57,7 @@ def mean_jump(trials: list[Trial]) -> float:
 def make_claims(
     config: Config, dense: float, trials: list[Trial], best: dict[str, list[Trial]]
 ) -> tuple[Claim, ...]:
-    """The verdicts: at equal learning rate as the paper's page asks, and at everyone's best."""
-    if "cast" not in best:
-        name, found = min(best.items(), key=lambda item: mean_after(item[1]))
-        figure = f"{mean_after(found):.3f} ({LABELS[name]})"
-        return (
-            Claim("a sparse model matches dense", mean_after(found) <= dense, figure,
-                  f"{dense:.3f} (dense)", config.seeds),
-        )  # fmt: skip
+    """The verdicts: at equal learning rate as the paper asks, and at everyone's best."""
     claims = []
     rate = config.learning_rates[0]
     equal = {
@@ -73,22 +66,22 @@ def make_claims(
     }
     cast = equal.pop("cast")
     rivals = {name: mean_after(found) for name, found in equal.items() if found}
-    if rivals:
+    if cast and rivals:
         jump, kept = mean_jump(cast), min(t.kept_ratio for t in cast)
         holds = mean_after(cast) < min(rivals.values()) and abs(jump) < 0.005 and kept >= 0.999
         claims.append(
             Claim(
-                f"CAST at {config.pattern} beats the fixed mask and SR-STE at equal learning rate "
-                f"{rate:g}, and its final pruning changes nothing",
+                f"CAST at {config.pattern} beats {' and '.join(LABELS[n] for n in rivals)} at "
+                f"equal learning rate {rate:g}, and its final pruning changes nothing",
                 holds,
                 f"perplexity {mean_after(cast):.3f}, jump {jump:+.2%}, S {kept:.4f}",
                 ", ".join(f"{LABELS[n]} {value:.3f}" for n, value in rivals.items()),
                 config.seeds,
             )
         )
-    sparse = {n: found for n, found in best.items() if n not in ("cast", "dense")}
-    if sparse:
-        name, found = min(sparse.items(), key=lambda item: mean_after(item[1]))
+    others = {n: found for n, found in best.items() if n not in ("cast", "dense")}
+    if cast and others:
+        name, found = min(others.items(), key=lambda item: mean_after(item[1]))
         claims.append(
             Claim(
                 f"CAST at {config.pattern} is the closest to dense when every method has its "
@@ -96,6 +89,18 @@ def make_claims(
                 mean_after(best["cast"]) < mean_after(found),
                 f"{mean_and_deviation([t.after for t in best['cast']])}, dense {dense:.3f}",
                 f"{mean_and_deviation([t.after for t in found])} ({LABELS[name]})",
+                config.seeds,
+            )
+        )
+    if not claims:  # a run of a few methods only
+        name, found = min(best.items(), key=lambda item: mean_after(item[1]))
+        claims.append(
+            Claim(
+                f"{LABELS[name]} at {config.pattern} stays within 0.1 of the dense model's "
+                "perplexity",
+                mean_after(found) <= dense + 0.1,
+                mean_and_deviation([t.after for t in found]),
+                f"{dense:.3f} (dense)",
                 config.seeds,
             )
         )
@@ -108,11 +113,9 @@ def draw(config: Config, run: Run, trials: list[Trial], best: dict[str, list[Tri
         return
     trained = {name: found for name, found in best.items() if name in TRAINED}
 
-    def curves(metric: str, skip: tuple[str, ...] = ()) -> dict[str, list[tuple[Any, Any]]]:
+    def curves(metric: str) -> dict[str, list[tuple[Any, Any]]]:
         drawn = {}
         for name, found in trained.items():
-            if name in skip:
-                continue
             logs = [run.metrics(f"{name}-lr{t.peak:g}-seed{t.seed}") for t in found]
             drawn[LABELS[name]] = [
                 ([x["step"] for x in log], smooth([x[metric] for x in log])) for log in logs
@@ -133,7 +136,7 @@ def draw(config: Config, run: Run, trials: list[Trial], best: dict[str, list[Tri
             "training step",
             "share of groups in the pattern",
         )
-        draw_curves(axes, curves("groups_in_pattern", skip=("naive",)), order=names)
+        draw_curves(axes, curves("groups_in_pattern"), order=names)
         axes.set_ylim(-0.02, 1.02)
         axes.legend(frameon=False)
         save(figure, run.folder / "groups_in_pattern.png")

@@ -98,8 +98,8 @@ class Experiment:
     Attributes:
       slug: its name. paper: title and source.
       presets: settings by name. run: does the work, given settings and a run folder.
-      check: what `--preset paper` does where its machines are not there: builds everything
-        abstractly and returns lines to print.
+      check: what `--preset paper` does where the setting cannot be run yet: builds everything
+        abstractly and returns lines to print. None runs it.
     """
 
     slug: str

@@ -93,12 +93,10 @@ def execute(experiment: Experiment, config: Any) -> Result | None:
       InterruptedRunError: after Ctrl-C, with how to resume.
     """
     initialize_hosts(config)
-    if config.preset == "paper" and experiment.check is not None and not config.resume:
-        lines = experiment.check(config)
-        if lines:
-            for line in lines:
-                Console(highlight=False).print(line)
-            return None
+    if config.preset == "paper" and experiment.check is not None:
+        for line in experiment.check(config):
+            Console(highlight=False).print(line, soft_wrap=True, markup=False)
+        return None
     run = Run(experiment.slug, config)
     run.console.print(f"[bold]{experiment.slug}[/] ({config.preset}) in {run.folder}")
     with _ctrl_c(run):

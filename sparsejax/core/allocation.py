@@ -60,7 +60,7 @@ def er(
     >>> shapes = {"a": jax.ShapeDtypeStruct((100, 100), "float32"),
     ...           "b": jax.ShapeDtypeStruct((100, 10), "float32")}
     >>> {name: round(d, 4) for name, d in er(shapes, 0.1).items()}
-    {'a': 0.0709, 'b': 0.3905}
+    {'a': 0.071, 'b': 0.3903}
     """
 
     def bracket(shape: tuple[int, ...]) -> float:
@@ -163,7 +163,7 @@ def erk_plus(
         )
     first = dict(list(named_leaves(shapes))[:-1])
     solved = dict(named_leaves(erk(first, left)))
-    return _tree(shapes, [given.get(n, solved.get(n, fc_density)) for n in names])
+    return _tree(shapes, [given.get(n, float(solved.get(n) or fc_density)) for n in names])
 
 
 def layer_densities(shapes: PyTree, density: float, kind: Kind, **options: Any) -> PyTree:

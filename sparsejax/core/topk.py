@@ -211,8 +211,9 @@ _WIDE = jnp.uint32
 
 
 def _total(counts: Sequence[Array]) -> tuple[Array, Array]:
-    hi = sum((c >> 16).astype(jnp.int32) for c in counts)
-    lo = sum((c & jnp.uint32(0xFFFF)).astype(jnp.int32) for c in counts)
+    zero = jnp.zeros((), jnp.int32)
+    hi = sum(((c >> 16).astype(jnp.int32) for c in counts), zero)
+    lo = sum(((c & jnp.uint32(0xFFFF)).astype(jnp.int32) for c in counts), zero)
     return hi + (lo >> 16), lo & 0xFFFF
 
 

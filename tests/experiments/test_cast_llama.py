@@ -60,7 +60,14 @@ def test_the_whole_experiment(out, capsys):
     result = execute(EXPERIMENT, settings(out))
     folder = only_run(out)
     printed = capsys.readouterr().out
-    for piece in ("CAST", "SR-STE", "AST", "Wanda", "Greedy continuations", "claim: CAST at 2:4"):
+    for piece in (
+        "CAST",
+        "SR-STE",
+        "AST",
+        "Wanda",
+        "Greedy continuations",
+        "claim: CAST at 2:4 beats",
+    ):
         assert piece in printed
     assert f"everything is in {folder}" in printed
     for name in ("loss", "groups_in_pattern", "weight_magnitudes"):
@@ -177,7 +184,7 @@ def test_other_patterns_and_the_users_own_text(out, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--pattern", "5:4"], "pattern"),
+        (["--pattern", "5:4"], "n is 5 and m is 4; allowed is 1 <= n <= m"),
         (["--pattern", "half"], "pattern is 'half'; it must look like 2:4"),
         (["--pattern", "2:7", "--methods", "naive"], "length 96, not a multiple of m = 7"),
         (["--stepz", "1"], "Unrecognized options: --stepz, 1 Perhaps you meant: --steps INT"),

@@ -131,7 +131,7 @@ def dynamic_sparsity(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> Any:
-        start = jax.tree.map(jnp.asarray, check_masks(masks, params))
+        start = jax.tree.map(jnp.array, check_masks(masks, params))  # copies: states are donated
         data = jax.random.key_data(key) if key is not None and grow == "random" else None
         return DynamicSparsityState(jnp.zeros((), jnp.int32), start, inner.init(params), data)
 

@@ -1,7 +1,7 @@
 """Gradual pruning: masks that grow sparser along a schedule, around any optimiser."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from sparsejax.core.transforms.static import keep_sparse
 Allocation = float | PyTree | Callable[[Mapping[str, Array]], PyTree]
 
 
+@runtime_checkable
 class PruningSchedule(Protocol):
     """Sparsity at a step, and whether the masks change there."""
 

@@ -48,7 +48,7 @@ def static_sparsity(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> StaticSparsityState:
-        checked = jax.tree.map(jnp.asarray, check_masks(masks, params))
+        checked = jax.tree.map(jnp.array, check_masks(masks, params))  # copies: states are donated
         return StaticSparsityState(checked, inner.init(params))
 
     def update(
