@@ -56,7 +56,20 @@ def run(config: Config, run: Run) -> Result:
         "learning_rate": {n: found[0].peak for n, found in best.items()},
         "files": files,
     }
-    return Result(claims, metrics)
+    card = sj.SparsityCard(
+        what=sj.WhatIsSparse.WEIGHTS,
+        granularity=sj.Granularity.N_M,
+        timing=sj.Timing.DURING,
+        path=sj.TrainingPath.DENSE_TO_SPARSE,
+        dynamics=sj.MaskDynamics.DYNAMIC,
+        allocation=sj.Allocation.UNIFORM,
+        criterion=sj.Criterion.MAGNITUDE,
+        gradient=sj.GradientRule.DENSE,
+        seeds=config.seeds,
+        budget=f"{config.steps} steps from one dense model, two learning rates each",
+        simulated=True,
+    )
+    return Result(claims, card, metrics)
 
 
 def check(config: Config) -> list[str]:

@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sparsejax.core.card import SparsityCard
+
 
 class ExperimentError(ValueError):
     """Something the user can mend; the command line prints it as one line."""
@@ -84,10 +86,12 @@ class Result:
 
     Attributes:
       claims: the first is the one of the paper that the README shows.
+      card: what was sparse, how and when; printed and saved with the figures.
       metrics: figures for `summary.json`.
     """
 
     claims: tuple[Claim, ...]
+    card: SparsityCard
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

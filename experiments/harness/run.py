@@ -101,6 +101,7 @@ def execute(experiment: Experiment, config: Any) -> Result | None:
     run.console.print(f"[bold]{experiment.slug}[/] ({config.preset}) in {run.folder}")
     with _ctrl_c(run):
         result = experiment.run(config, run)
+    run.show("card: " + ", ".join(f"{k} {v}" for k, v in result.card.to_dict().items()))
     for claim in result.claims:
         run.console.print(claim.line, soft_wrap=True, style="bold")
     if run.is_main:
@@ -150,6 +151,7 @@ def _summary(experiment: Experiment, config: Any, run: Run, result: Result) -> d
         "baseline": first.baseline,
         "seeds": first.seeds,
         "claims": [dataclasses.asdict(claim) for claim in result.claims],
+        "card": result.card.to_dict(),
         "metrics": dict(result.metrics),
         "seconds": round(time.time() - run.started, 1),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

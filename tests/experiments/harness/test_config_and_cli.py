@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+import sparsejax as sj
 from experiments.harness import cli
 from experiments.harness.config import (
     Claim,
@@ -28,6 +29,21 @@ class Config(RunConfig):
     """Rates."""
     force: bool = False
     """Force it."""
+
+
+CARD = sj.SparsityCard(
+    what=sj.WhatIsSparse.WEIGHTS,
+    granularity=sj.Granularity.N_M,
+    timing=sj.Timing.DURING,
+    path=sj.TrainingPath.DENSE_TO_SPARSE,
+    dynamics=sj.MaskDynamics.STATIC,
+    allocation=sj.Allocation.UNIFORM,
+    criterion=sj.Criterion.MAGNITUDE,
+    gradient=sj.GradientRule.MASKED,
+    seeds=3,
+    budget="3 steps",
+    simulated=True,
+)
 
 
 def experiment(run=None):
@@ -88,7 +104,9 @@ def test_a_folder_that_cannot_be_written(capsys, tmp_path):
 
 def test_a_run_writes_its_settings_and_summary(tmp_path, capsys):
     claim = Claim("sparse is good", True, "1.0", "2.0", 3)
-    cli.main(experiment(lambda config, run: Result((claim,), {"x": 1})), ["--out", str(tmp_path)])
+    cli.main(
+        experiment(lambda config, run: Result((claim,), CARD, {"x": 1})), ["--out", str(tmp_path)]
+    )
     (folder,) = (tmp_path / "toy").iterdir()
     summary = json.loads((folder / "summary.json").read_text())
     wanted = {
@@ -97,6 +115,7 @@ def test_a_run_writes_its_settings_and_summary(tmp_path, capsys):
     }  # fmt: skip
     assert wanted.items() <= summary.items()
     assert {"seconds", "device", "versions", "commit"} <= summary.keys()
+    assert summary["card"]["granularity"] == "n_m"
     assert read_config(folder / "config.json") == as_json(Config(out=str(tmp_path)))
     line = "claim: sparse is good - holds (ours 1.0, baseline 2.0, 3 seeds)"
     assert line in capsys.readouterr().out
