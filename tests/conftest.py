@@ -104,6 +104,11 @@ class Reference:
             self._opened.append(case)
             yield case
 
+    def whole(self):
+        """The file as one case, where its keys carry no case number."""
+        self._opened.append(Case(self._arrays, ""))
+        return self._opened[-1]
+
     def families(self):
         """The first words of the keys, without their number."""
         return {re.match(r"([a-z]+)", key)[1] for key in self._arrays}

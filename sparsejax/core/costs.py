@@ -105,11 +105,11 @@ def flops_report(
 def training_flops(
     method: Literal["dense", "static", "rigl", "snfs", "gradual", "ste"],
     *,
-    sparse: float,
-    dense: float,
+    sparse: int | float,
+    dense: int | float,
     interval: int | None = None,
     sparsities: Sequence[float] | None = None,
-) -> float:
+) -> int | float:
     """Operations of one training step for one example; a backward pass costs two forward passes.
 
     Args:
@@ -176,7 +176,7 @@ def storage_bytes(
 
 
 def match_dense_width(
-    count_fn: Callable[[int], float], target: float, *, low: int = 1, high: int = 65536
+    count_fn: Callable[[int], int | float], target: int | float, *, low: int = 1, high: int = 65536
 ) -> int:
     """The width of a dense network whose count is nearest to a target; of two, the smaller.
 

@@ -15,7 +15,7 @@ from sparsejax.core.masks import check_masks, leaf_mask
 from sparsejax.core.patterns import NM, Density, Pattern, Ties
 from sparsejax.core.selection import Where, is_array, is_concrete, is_dense, map_selected
 
-Decay = float | Float[Array, ""]
+Decay = int | float | Float[Array, ""]
 
 
 @jax.custom_vjp

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from sparsejax.core.selection import is_concrete
 
-Weight = float | Float[Array, "..."]
+Weight = int | float | Float[Array, "..."]
 
 
 def soft_threshold(z: Float[Array, "*s"], t: Weight) -> Float[Array, "*s"]:

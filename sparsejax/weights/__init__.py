@@ -38,6 +38,14 @@ from sparsejax.weights.one_shot import (
     merge_stats,
     wanda_mask,
 )
+from sparsejax.weights.random_search import (
+    SearchResult,
+    node_sampler,
+    paired_comparison,
+    random_search,
+    sample_edge_masks,
+    sample_node_masks,
+)
 from sparsejax.weights.sequential import PruneMethod, capture_inputs, prune_sequential
 
 __all__ = [
@@ -48,6 +56,7 @@ __all__ = [
     "Compressed24",
     "PruneMethod",
     "ScaledLinear",
+    "SearchResult",
     "activation_stats",
     "adams",
     "ast_adamw",
@@ -67,7 +76,12 @@ __all__ = [
     "maskllm_init",
     "maskllm_mask",
     "merge_stats",
+    "node_sampler",
+    "paired_comparison",
     "prune_sequential",
+    "random_search",
+    "sample_edge_masks",
+    "sample_node_masks",
     "save_compact",
     "scale_params",
     "scaled_kernel",

@@ -17,7 +17,7 @@ from sparsejax.core.topk import exact_topk_mask
 from sparsejax.core.transforms.slots import reset_optimizer_slots
 from sparsejax.core.transforms.static import keep_sparse
 
-Fraction = float | Float[Array, ""]
+Fraction = int | float | Float[Array, ""]
 
 
 class DynamicSparsityState(NamedTuple):

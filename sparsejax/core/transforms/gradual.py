@@ -16,7 +16,7 @@ from sparsejax.core.selection import Where, is_dense, map_selected, named_leaves
 from sparsejax.core.transforms.slots import mask_optimizer_slots
 from sparsejax.core.transforms.static import keep_sparse
 
-Allocation = float | PyTree | Callable[[Mapping[str, Array]], PyTree]
+Allocation = int | float | PyTree | Callable[[Mapping[str, Array]], PyTree]
 
 
 @runtime_checkable
