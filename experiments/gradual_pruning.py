@@ -20,25 +20,29 @@ import optax
 import sparsejax as sj
 from experiments.harness.characters import (
     CharacterConfig,
+    Optimizer,
     Trial,
     at_rate,
     best_rate,
+    bits_claim,
     draw_training,
     kernel_entries,
     load_characters,
     make_bits,
+    make_card,
     make_step,
     mean_bits,
+    print_table,
     train_arm,
 )
 from experiments.harness.cli import main
 from experiments.harness.config import Claim, Experiment, ExperimentError, Result
 from experiments.harness.plots import COLORS, new_figure, save
-from experiments.harness.progress import make_table, mean_and_deviation
 from experiments.harness.run import Run
 
 MINUTES = {"laptop": "4", "test": "1", "paper": "checked abstractly"}
 SLUG = "gradual_pruning"
+PRUNABLE = r"^(?!first/).*kernel$"  # of the ResNet, as in the paper
 MARGINS = {"small dense": 0.05, "one-shot": 0.3}  # bits per character that the claims ask for
 
 
@@ -54,9 +58,6 @@ class Config(CharacterConfig):
     """The one of the claim line, and of the network pruned at one stroke."""
     order: Literal["zhu_gupta", "jaxpruner"] = "zhu_gupta"
     """Where in a step the masks change, and which schedule goes with it."""
-    learning_rates: tuple[float, ...] = (2e-3, 4e-3)
-    """Peak learning rates of Adam, each followed by a cosine down to a twentieth. The claim is about
-    the first; every arm is shown at its best."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,20 +71,22 @@ class Config(CharacterConfig):
                 f"claim_sparsity is {self.claim_sparsity}; it must be one of {self.sparsities}"
             )
 
-    def pruning(self, sparsity: float, *, one_shot: bool = False) -> Any:
-        """Learning-rate schedule -> Adam that prunes to a sparsity, little by little or at once."""
-        schedule = sj.cubic(
+    @property
+    def schedule(self) -> sj.Schedule:
+        """Sparsity as a function of the step."""
+        return sj.cubic(
             begin=self.begin,
             end=self.end,
             freq=self.freq,
             power=self.power,
             convention=self.order,
         )
+
+    def pruning(self, sparsity: float, schedule: sj.Schedule | None = None) -> Optimizer:
+        """Adam that prunes on the way, along the cubic schedule unless another one is given."""
+        along = schedule or self.schedule
         return lambda rate: sj.gradual_pruning(
-            optax.adam(rate),
-            allocation=1 - sparsity,
-            schedule=sj.one_shot(self.end) if one_shot else schedule,
-            order="zhu_gupta" if one_shot else self.order,
+            optax.adam(rate), allocation=1 - sparsity, schedule=along, order=self.order
         )
 
 
@@ -98,7 +101,7 @@ PRESETS = {
         begin=5,
         end=30,
         freq=5,
-        sparsities=(0.8, 0.9),
+        sparsities=(0.9,),
         learning_rates=(2e-3,),
         checkpoint_every=20,
         log_every=5,
@@ -125,10 +128,10 @@ def run(config: Config, run: Run) -> Result:
         raise ExperimentError(f"task is {config.task!r}; only --preset paper checks it, abstractly")
     text = load_characters()
     bits = make_bits(text.test)
-    total = kernel_entries(config.hidden)
     gradual = make_step(config, config.pruning(config.claim_sparsity))
     dense = make_step(config, optax.adam)
-    at_once = make_step(config, config.pruning(config.claim_sparsity, one_shot=True))
+    stroke = sj.one_shot(config.end)
+    at_once = make_step(config, config.pruning(config.claim_sparsity, stroke))
     arms: dict[str, list[Trial]] = {}
 
     def add(label: str, hidden: int, optimizer: Any, step: Any) -> None:
@@ -139,96 +142,59 @@ def run(config: Config, run: Run) -> Result:
         )  # fmt: skip
 
     add("dense", config.hidden, optax.adam, dense)
-    widths = {}
     for s in config.sparsities:
         add(f"large sparse {s:.3g}", config.hidden, config.pruning(s), gradual)
-        kept = arms[f"large sparse {s:.3g}"][0].nonzeros
-        widths[s] = sj.match_dense_width(kernel_entries, kept)
-        add(f"small dense {s:.3g}", widths[s], optax.adam, dense)
+        width = sj.match_dense_width(kernel_entries, arms[f"large sparse {s:.3g}"][0].nonzeros)
+        add(f"small dense {s:.3g}", width, optax.adam, dense)
     s = config.claim_sparsity
-    add(f"one-shot {s:.3g}", config.hidden, config.pruning(s, one_shot=True), at_once)
+    add(f"one-shot {s:.3g}", config.hidden, config.pruning(s, stroke), at_once)
 
-    print_table(run, config, arms, widths)
+    print_table(run, config, arms)
     if run.is_main:
-        draw(config, run, arms, total)
+        draw(config, run, arms)
+    best = {name: best_rate(found) for name, found in arms.items()}
     metrics = {
-        "bits": {n: [t.bits for t in best_rate(found)] for n, found in arms.items()},
-        "bits_at_first_rate": {
-            n: [t.bits for t in at_rate(found, config.learning_rates[0])]
-            for n, found in arms.items()
-        },
-        "learning_rate": {n: best_rate(found)[0].peak for n, found in arms.items()},
-        "nonzeros": {n: found[0].nonzeros for n, found in arms.items()},
-        "small_dense_width": {f"{s:.3g}": width for s, width in widths.items()},
+        "bits": {n: [t.bits for t in found] for n, found in arms.items()},
+        "bits_at_best_rate": {n: [t.bits for t in found] for n, found in best.items()},
+        "best_rate": {n: found[0].peak for n, found in best.items()},
+        "nonzeros": {n: found[0].nonzeros for n, found in best.items()},
     }
-    return Result(make_claims(config, arms), make_card(config), metrics)
-
-
-def print_table(
-    run: Run, config: Config, arms: dict[str, list[Trial]], widths: dict[float, int]
-) -> None:
-    """One row an arm, at its best learning rate."""
-    rows = []
-    for label, found in arms.items():
-        best = best_rate(found)
-        others = sorted({t.peak for t in found} - {best[0].peak})
-        stored = sj.storage_bytes(best[0].masks, "bitmask", shapes=best[0].params)
-        rows.append(
-            (
-                label,
-                str(best[0].params["hidden"]["kernel"].shape[1]),
-                f"{best[0].nonzeros:,}",
-                f"{stored / 1024:.1f}",
-                f"{best[0].peak:g}",
-                mean_and_deviation([t.bits for t in best]),
-                ", ".join(f"{mean_bits(at_rate(found, rate)):.3f}" for rate in others),
-            )
-        )
-    header = ("network", "hidden", "non-zeros", "KiB", "rate", "bits", "other rate")
-    table = make_table(f"Bits per character of the test text, {config.seeds} seed(s)", header, rows)
-    table.caption = "KiB: all parameters in float32, and one bit an entry where there is a mask"
-    table.caption_justify = "left"
-    run.console.print(table)
+    return Result(
+        make_claims(config, arms), make_card(config, sj.Granularity.UNSTRUCTURED), metrics
+    )
 
 
 def make_claims(config: Config, arms: dict[str, list[Trial]]) -> tuple[Claim, ...]:
     """The verdicts: at the first learning rate, and with every arm at its best."""
+    names = {
+        "small dense": "a small dense one of as many non-zeros",
+        "one-shot": "the same network pruned at one stroke",
+    }
 
     def compare(baseline: str, sparsity: float, choose: Any, when: str) -> Claim:
-        ours, theirs = (
-            choose(arms[f"{label} {sparsity:.3g}"]) for label in ("large sparse", baseline)
-        )
-        name = {
-            "small dense": "a small dense network of as many non-zeros",
-            "one-shot": "the same network pruned at one stroke",
-        }[baseline]
-        margin = MARGINS[baseline]
-        return Claim(
-            f"at {sparsity:.3g} sparsity a gradually pruned network beats {name} by more than "
-            f"{margin} bits per character, {when}",
-            mean_bits(theirs) - mean_bits(ours) > margin,
-            mean_and_deviation([t.bits for t in ours]),
-            mean_and_deviation([t.bits for t in theirs]),
-            config.seeds,
+        return bits_claim(
+            f"at {sparsity:.3g} sparsity a gradually pruned network beats {names[baseline]} by "
+            f"more than {MARGINS[baseline]} bits per character, {when}",
+            choose(arms[f"large sparse {sparsity:.3g}"]),
+            choose(arms[f"{baseline} {sparsity:.3g}"]),
+            margin=MARGINS[baseline],
         )
 
-    rate = config.learning_rates[0]
-    sparsity = config.claim_sparsity
-    others = [s for s in config.sparsities if s != sparsity]
+    rate, sparsity = config.learning_rates[0], config.claim_sparsity
 
-    def equal(found: list[Trial]) -> list[Trial]:
+    def first(found: list[Trial]) -> list[Trial]:
         return at_rate(found, rate)
 
-    at = f"at learning rate {rate:g}"
-    claims = [compare("small dense", s, equal, at) for s in (sparsity, *others)]
-    claims.append(compare("one-shot", sparsity, equal, at))
+    at = f"all at learning rate {rate:g}"
+    order = [sparsity, *(s for s in config.sparsities if s != sparsity)]
+    claims = [compare("small dense", s, first, at) for s in order]
+    claims.append(compare("one-shot", sparsity, first, at))
     if len(config.learning_rates) > 1:
-        best = "each at its best learning rate"
-        claims += [compare(name, sparsity, best_rate, best) for name in MARGINS]
+        claims += [compare(n, sparsity, best_rate, "each at its best learning rate") for n in names]
     return tuple(claims)
 
 
-def draw(config: Config, run: Run, arms: dict[str, list[Trial]], total: int) -> None:
+def draw(config: Config, run: Run, arms: dict[str, list[Trial]]) -> None:
     """Bits against non-zeros, and the training losses at the sparsity of the claim."""
     figure, axes = new_figure(
         f"Next character, mean of {config.seeds} seeds with lowest and highest",
@@ -244,7 +210,12 @@ def draw(config: Config, run: Run, arms: dict[str, list[Trial]], total: int) -> 
         high = [max(t.bits for t in found) - m for m, (_, found) in zip(y, points)]
         axes.errorbar(x, y, (low, high), label=family, color=color, marker=marker, capsize=4)
     dense = mean_bits(best_rate(arms["dense"]))
-    axes.axhline(dense, color=COLORS[-1], linestyle=":", label=f"large dense ({total:,})")
+    axes.axhline(
+        dense,
+        color=COLORS[-1],
+        linestyle=":",
+        label=f"large dense ({kernel_entries(config.hidden):,})",
+    )
     axes.set_xscale("log")
     ticks = sorted({f[0].nonzeros for n, f in arms.items() if "large sparse" in n})
     axes.set_xticks(ticks, [f"{t:,}" for t in ticks])
@@ -257,24 +228,6 @@ def draw(config: Config, run: Run, arms: dict[str, list[Trial]], total: int) -> 
         if n == "dense" or n.endswith(f" {config.claim_sparsity:.3g}")
     }
     draw_training(run, shown, "Training, mean over seeds, band from lowest to highest")
-
-
-def make_card(config: Config) -> sj.SparsityCard:
-    """What is sparse here, how and when."""
-    return sj.SparsityCard(
-        what=sj.WhatIsSparse.WEIGHTS,
-        granularity=sj.Granularity.UNSTRUCTURED,
-        timing=sj.Timing.DURING,
-        path=sj.TrainingPath.DENSE_TO_SPARSE,
-        dynamics=sj.MaskDynamics.DYNAMIC,
-        allocation=sj.Allocation.UNIFORM,
-        criterion=sj.Criterion.MAGNITUDE,
-        gradient=sj.GradientRule.MASKED,
-        seeds=config.seeds,
-        budget=f"{config.steps} steps of {config.batch} windows, "
-        f"{len(config.learning_rates)} learning rate(s) each",
-        simulated=True,
-    )
 
 
 def resnet50_shapes() -> dict[str, Any]:
@@ -304,51 +257,44 @@ def resnet50_shapes() -> dict[str, Any]:
     return params
 
 
-def prunable(path: str, leaf: Any) -> bool:
-    """Every kernel of the ResNet but the first convolution, as in the paper."""
-    return path.endswith("kernel") and not path.startswith("first") and leaf.ndim >= 2
-
-
 def check(config: Config) -> list[str]:
     """Prunes a ResNet-50's shapes: densities reached, one abstract step, bytes of the state."""
     shapes = resnet50_shapes()
     sizes = {path: math.prod(leaf.shape) for path, leaf in sj.named_leaves(shapes)}
-    chosen = sj.selected_paths(shapes, prunable)
-    schedule = sj.cubic(
-        begin=config.begin, end=config.end, freq=config.freq, power=config.power,
-        convention=config.order,
-    )  # fmt: skip
+    chosen = sj.selected_paths(shapes, PRUNABLE)
     scope = sum(sizes[path] for path in chosen)
-    lines = [
-        f"paper setting: {config.task} with a ResNet-50, {sum(sizes.values()):,} parameters, "
-        f"{len(chosen)} kernels in scope with {scope:,} weights (the first convolution stays dense)"
-    ]
+    total = sum(sizes.values())
+    setting = (
+        f"paper setting: {config.task} with a ResNet-50, {total:,} parameters, {len(chosen)} "
+        f"kernels in scope with {scope:,} weights (the first convolution stays dense)"
+    )
+    lines = [setting]
     for sparsity in config.sparsities:
-        final = 1 - float(schedule(config.end, sparsity))
+        final = 1 - float(config.schedule(config.end, sparsity))
         kept = sum(int(sj.keep_count(sizes[path], final)) for path in chosen)
         lines.append(
             f"sparsity {sparsity:g} at step {config.end:,}: {kept:,} of {scope:,} weights stay, "
-            f"{kept + sum(sizes.values()) - scope:,} non-zeros in all"
+            f"{kept + total - scope:,} non-zeros in all"
         )
     transform = sj.gradual_pruning(
         optax.sgd(optax.cosine_decay_schedule(config.learning_rates[0], config.steps), 0.9),
         allocation=1 - config.claim_sparsity,
-        schedule=schedule,
-        where=prunable,
+        schedule=config.schedule,
+        where=PRUNABLE,
         order=config.order,
     )
     state = jax.eval_shape(transform.init, shapes)
     updates, after = jax.eval_shape(transform.update, shapes, state, shapes)
     stored = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((updates, after)))
-    lines.append(
-        f"one step of gradual pruning around SGD with momentum traces; parameters, momentum and "
+    cost = (
+        "one step of gradual pruning around SGD with momentum traces; parameters, momentum and "
         f"masks take {stored / 2**20:,.1f} MiB"
     )
-    lines.append(
+    wanted = (
         "checked abstractly: a run wants a ResNet-50, which is not among the models yet, and "
         f"{config.task} prepared by TFDS; the forward pass was not traced"
     )
-    return lines
+    return [*lines, cost, wanted]
 
 
 EXPERIMENT = Experiment(

@@ -33,7 +33,7 @@ METHODS = ("static", "set", "rigl", *CRITERIA)
 RATIOS = (*get_args(Kind), *CRITERIA)
 LABELS = {"set": "SET", "rigl": "RigL", "snip": "SNIP", "grasp": "GraSP", "synflow": "SynFlow",
           "erk": "ERK", "er": "ER"}  # fmt: skip
-GRASP_TEMPERATURE, SYNFLOW_ROUNDS, PER_CLASS = 200.0, 100, 25
+GRASP_TEMPERATURE, PER_CLASS = 200.0, 25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,8 @@ class Config(RunConfig):
     method: tuple[str, ...] = METHODS
     """Compared there: static, set and rigl from random ERK masks; snip, grasp and synflow with
     their own masks and with random ones of the same layer densities."""
+    synflow_rounds: int = 100
+    """Rounds of SynFlow's iterative pruning."""
     steps: int = 500
     """Training steps."""
     batch: int = 64
@@ -75,7 +77,7 @@ class Config(RunConfig):
         super().__post_init__()
         digits.check_batch(self.batch)
         digits.check_one_device(self)
-        for name in ("steps", "freq"):
+        for name in ("steps", "freq", "synflow_rounds"):
             if getattr(self, name) < 1:
                 raise ExperimentError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name, low in (("alpha", 0.0), ("t_end", 0.0), ("momentum", 0.0)):
@@ -110,7 +112,7 @@ class Config(RunConfig):
 PRESETS = {
     "laptop": Config(),
     "test": Config(preset="test", seeds=2, width=(8, 16), density=(0.2,), at=("16:0.2",), steps=30,
-                   freq=5),
+                   freq=5, synflow_rounds=5),
     "paper": Config(preset="paper", seeds=3, width=(16,), steps=56250, batch=128, freq=100, at=()),
 }  # fmt: skip
 
@@ -169,25 +171,38 @@ def scored_masks(params: PyTree, batch: tuple[Array, Array], *, criterion: str,
     return sj.masks_from_scores(sj.grasp_scores(loss, params, halves), density, largest=False)
 
 
-def criterion_masks(criterion: str, params: PyTree, data: digits.Digits, density: float) -> PyTree:
+def initialise(width: int, seed: int) -> tuple[PyTree, Array, Array]:
+    """Parameters, and keys for random masks and random growth; every arm of a seed has the same."""
+    init, noise, grow = jax.random.split(jax.random.key(seed), 3)
+    sizes = (digits.INPUTS, width, width, digits.CLASSES)
+    return digits.init_mlp(init, sizes), noise, grow
+
+
+@functools.cache
+def criterion_masks(criterion: str, width: int, density: float, seed: int, rounds: int) -> PyTree:
     """The criterion's own masks at initialisation, from 25 training examples a class."""
+    params, data = initialise(width, seed)[0], digits.load_digits()
     if criterion == "synflow":
         shape = (digits.INPUTS,)
-        return sj.synflow_masks(digits.mlp_logits, params, shape, density, rounds=SYNFLOW_ROUNDS)
+        return sj.synflow_masks(digits.mlp_logits, params, shape, density, rounds=rounds)
     labels = np.asarray(data.train_y)
     rows = np.concatenate([np.flatnonzero(labels == c)[:PER_CLASS] for c in range(digits.CLASSES)])
     batch = (data.train_x[rows], data.train_y[rows])
     return scored_masks(params, batch, criterion=criterion, density=density)
 
 
-def layer_shares(ratio: str, params: PyTree, data: digits.Digits, density: float) -> list[Array]:
-    """Density of each layer."""
-    if ratio in CRITERIA:
-        masks = criterion_masks(ratio, params, data, density)
-        return [masks[name]["kernel"].mean() for name in sorted(params)]
+def arm_masks(arm: "Arm", seed: int, rounds: int) -> PyTree:
+    """The masks that an arm starts from."""
+    params, noise, _ = initialise(arm.width, seed)
+    criterion = arm.ratio or arm.method
+    if criterion in CRITERIA:
+        own = criterion_masks(criterion, arm.width, arm.density, seed, rounds)
+        if arm.ratio is None:
+            return own
+        return draw_masks(noise, params, [own[name]["kernel"].mean() for name in sorted(params)])
     kernels = {name: params[name]["kernel"] for name in sorted(params)}
-    solved = {} if ratio == "dense" else sj.layer_densities(kernels, density, ratio)  # type: ignore
-    return [jnp.float32(solved.get(name, 1.0)) for name in kernels]
+    solved = {} if arm.density == 1 else sj.layer_densities(kernels, arm.density, arm.ratio)  # type: ignore
+    return draw_masks(noise, params, [jnp.float32(solved.get(name, 1.0)) for name in kernels])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,12 +239,8 @@ def train_seeds(arm: Arm, config: Config, data: digits.Digits) -> dict[str, Any]
     """The arm with every seed; all arms of a seed share initialisation, noise and batches."""
     result: dict[str, list[Any]] = {"test_accuracy": [], "train_loss": [], "density": []}
     for seed in config.seed_list():
-        init, noise, grow = jax.random.split(jax.random.key(seed), 3)
-        params = digits.init_mlp(init, (digits.INPUTS, arm.width, arm.width, digits.CLASSES))
-        if arm.ratio is None:
-            masks = criterion_masks(arm.method, params, data, arm.density)
-        else:
-            masks = draw_masks(noise, params, layer_shares(arm.ratio, params, data, arm.density))
+        params, _, grow = initialise(arm.width, seed)
+        masks = arm_masks(arm, seed, config.synflow_rounds)
         order = digits.batch_order(seed, steps=config.steps, batch=config.batch)
         method = "static" if arm.method in CRITERIA else arm.method
         trained, density = train_arm(params, masks, grow, order, data, method=method, config=config)

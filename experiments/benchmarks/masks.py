@@ -4,13 +4,7 @@
 table. Masks that are timed against a sort are compared with it first, entry by entry.
 """
 
-import argparse
 import dataclasses
-import functools
-import os
-import pathlib
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,14 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from rich.console import Console
 
 import sparsejax as sj
-from experiments.harness.run import versions, write_json
-from experiments.harness.timing import Goal, Timing, compare, timing_table
+from experiments.benchmarks.suite import (
+    Group,
+    nm_by_argsort,
+    run_suite,
+    small_llama,
+    stepping,
+    topk_by_argsort,
+)
+from experiments.harness.timing import Goal
 from sparsejax import weights
 from sparsejax.core.patterns import Ties
-from sparsejax.models import Llama, LlamaConfig, llama_config, parameter_count
+from sparsejax.models import LlamaConfig, llama_config, parameter_count
 
 PROJECTIONS = r"_proj/kernel$"
 PATTERN = sj.NM(2, 4)
@@ -69,39 +69,6 @@ PRESETS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Alternatives that are timed in turns.
-
-    Attributes:
-      functions: by name. baseline: what the others are compared with.
-      goals: by name. rounds: measurements of each.
-    """
-
-    functions: Mapping[str, Callable[[], Any]]
-    baseline: str
-    rounds: int
-    goals: Mapping[str, Goal] = dataclasses.field(default_factory=dict)
-
-
-def measure(config: Config, console: Console) -> tuple[list[Timing], dict[str, Goal]]:
-    """Times all groups."""
-    timings: list[Timing] = []
-    goals: dict[str, Goal] = {}
-    for build in (nm_groups, unstructured_groups, packing_groups, step_groups, update_groups):
-        with console.status(f"timing: {build.__name__.removesuffix('_groups')}"):
-            for group in build(config):
-                found = compare(
-                    group.functions,
-                    baseline=group.baseline,
-                    rounds=group.rounds,
-                    min_seconds=config.min_seconds,
-                )
-                timings += found.values()
-                goals |= group.goals
-    return timings, goals
-
-
 def nm_groups(config: Config) -> Iterator[Group]:
     """2:4 masks by magnitude, along either axis, against two argsorts inside every group."""
     w = _distinct(config.side)
@@ -109,7 +76,7 @@ def nm_groups(config: Config) -> Iterator[Group]:
         by_sort = f"2:4 along axis {axis}: two argsorts"
         ours = {f"nm_mask along {axis}, ties {ties}": _nm_by_rank(axis, ties) for ties in TIES}
         functions = {
-            by_sort: jax.jit(lambda w, axis=axis: _nm_by_argsort(jnp.abs(w), axis)),
+            by_sort: jax.jit(lambda w, axis=axis: nm_by_argsort(jnp.abs(w), axis)),
             **ours,
         }
         yield _mask_group(functions, w, by_sort, Goal(1 / 100), config)
@@ -123,7 +90,7 @@ def unstructured_groups(config: Config) -> Iterator[Group]:
     for kind, values in (("distinct", scores), ("tied", tied)):
         by_sort = f"top {DENSITY:.0%}, {kind} scores: argsort"
         functions = {
-            by_sort: jax.jit(lambda s: _topk_by_argsort(s, keep)),
+            by_sort: jax.jit(lambda s: topk_by_argsort(s, keep)),
             f"Unstructured, {kind} scores": jax.jit(lambda s: sj.Unstructured().mask(s, DENSITY)),
         }
         yield _mask_group(functions, values, by_sort, Goal(1 / 15), config)
@@ -145,7 +112,7 @@ def packing_groups(config: Config) -> Iterator[Group]:
 
 def step_groups(config: Config) -> Iterator[Group]:
     """Whole training steps of a LLaMA, with donated state."""
-    graph, params = _model(config.model)
+    graph, params = small_llama(config.model)
     shape = (config.batch, config.seq_len + 1)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape)
     windows = jnp.asarray(tokens, jnp.int32)
@@ -165,7 +132,7 @@ def step_groups(config: Config) -> Iterator[Group]:
             updates, opt = tx.update(jax.grad(loss)(params), opt, params)
             return optax.apply_updates(params, updates), opt
 
-        return _stepping(one, params, tx, windows)
+        return stepping(one, params, tx, windows)
 
     plain = "step: optax.adamw"
     srste, static, adams = "step, SR-STE, new mask each", "step, static mask", "step, AdamS"
@@ -181,7 +148,7 @@ def step_groups(config: Config) -> Iterator[Group]:
 
 def update_groups(config: Config) -> Iterator[Group]:
     """The optimisers alone on the model's parameters, one mask period of updates a call."""
-    _, params = _model(config.model)
+    _, params = small_llama(config.model)
     grads = jax.tree.map(lambda w: 1e-3 * jnp.cos(1e3 * w), params)
 
     def update(tx: optax.GradientTransformation) -> Callable[[], Any]:
@@ -190,7 +157,7 @@ def update_groups(config: Config) -> Iterator[Group]:
             updates, opt = tx.update(grads, opt, params)
             return optax.apply_updates(params, updates), opt
 
-        call = _stepping(one, params, tx, grads)
+        call = stepping(one, params, tx, grads)
 
         def period() -> Any:
             for _ in range(MASK_PERIOD - 1):
@@ -205,49 +172,18 @@ def update_groups(config: Config) -> Iterator[Group]:
     yield Group(functions, adamw, config.step_rounds, {adams: Goal(1.25)})
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measures, prints the table and writes `<out>/benchmarks/masks.json`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.benchmarks.masks", description=__doc__
-    )
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="laptop", help="sizes")
-    parser.add_argument("--out", default="runs", help="folder for the figures")
-    chosen = parser.parse_args(arguments)
-    folder = pathlib.Path(chosen.out) / "benchmarks"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"error: {folder} cannot be written: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
-    config = PRESETS[chosen.preset]
-    started, load = time.time(), os.getloadavg()[0]
-    timings, goals = measure(config, console)
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
-    sizes = (
+def sizes(config: Config) -> str:
+    """What is measured."""
+    return (
         f"masks of {config.side**2:,} weights; steps of a LLaMA with "
         f"{parameter_count(config.model):,} parameters on {config.batch} x {config.seq_len} tokens"
     )
-    title = f"{sizes}\n({chosen.preset}, {device})"
-    table, rows = timing_table(title, timings, goals)
-    console.print(table)
-    loads = [round(load, 2), round(os.getloadavg()[0], 2)]
-    report = {
-        "preset": chosen.preset,
-        "sizes": sizes,
-        "device": device,
-        "load_average": loads,
-        "seconds": round(time.time() - started, 1),
-        "versions": versions(),
-        "rows": rows,
-    }
-    write_json(folder / "masks.json", report)
-    met = [row["met"] for row in rows if row["met"] is not None]
-    console.print(
-        f"{sum(met)} of {len(met)} goals met; load average {loads[0]} before, {loads[1]} after; "
-        f"figures in {folder / 'masks.json'}",
-        soft_wrap=True,
-    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures, prints the table and writes `<out>/benchmarks/masks.json`."""
+    builders = (nm_groups, unstructured_groups, packing_groups, step_groups, update_groups)
+    run_suite("masks", __doc__, PRESETS, builders, sizes, arguments)
 
 
 def _distinct(side: int) -> jax.Array:
@@ -260,19 +196,6 @@ def _distinct(side: int) -> jax.Array:
 
 def _nm_by_rank(axis: int, ties: Ties) -> Callable[[jax.Array], jax.Array]:
     return jax.jit(lambda w: sj.nm_mask(jnp.abs(w), 2, 4, axis=axis, ties=ties))
-
-
-def _nm_by_argsort(scores: jax.Array, axis: int) -> jax.Array:
-    axis %= scores.ndim
-    shape = scores.shape
-    grouped = scores.reshape(*shape[:axis], -1, 4, *shape[axis + 1 :])
-    rank = jnp.argsort(jnp.argsort(grouped, axis=axis + 1), axis=axis + 1)
-    return (rank >= 2).reshape(shape)
-
-
-def _topk_by_argsort(scores: jax.Array, keep: Any) -> jax.Array:
-    order = jnp.argsort(-scores.reshape(-1))
-    return jnp.zeros(scores.size, bool).at[order[:keep]].set(True).reshape(scores.shape)
 
 
 def _mask_group(
@@ -290,31 +213,6 @@ def _mask_group(
     calls = {name: (lambda f=f: f(values)) for name, f in functions.items()}
     goals = {name: goal for name in functions if name != baseline}
     return Group(calls, baseline, config.mask_rounds, goals)
-
-
-def _stepping(
-    step: Callable[..., Any], params: Any, tx: optax.GradientTransformation, *inputs: Any
-) -> Callable[[], Any]:
-    """A call that moves its own parameters and optimiser state one step on, in place."""
-    compiled = jax.jit(step, donate_argnums=0)
-    # copies, because donation deletes what is shared with other states
-    state = jax.jit(lambda p: jax.tree.map(jnp.copy, (p, tx.init(p))))(params)
-
-    def call() -> Any:
-        nonlocal state
-        state = compiled(state, *inputs)
-        return state
-
-    return call
-
-
-@functools.cache
-def _model(config: LlamaConfig) -> tuple[Any, Any]:
-    def build() -> Llama:
-        return Llama(config, rngs=nnx.Rngs(0))
-
-    graph, _ = nnx.split(nnx.eval_shape(build))
-    return graph, jax.jit(lambda: nnx.state(build()))()
 
 
 def _adams() -> optax.GradientTransformation:

@@ -55,7 +55,7 @@ def init_mlp(key: PRNGKeyArray, sizes: tuple[int, ...]) -> dict[str, dict[str, A
     keys = jax.random.split(key, len(sizes) - 1)
     return {
         f"layer{i}": {"kernel": initializer(k, (n, m), jnp.float32), "bias": jnp.zeros(m)}
-        for i, (k, n, m) in enumerate(zip(keys, sizes, sizes[1:]))  # noqa: RUF007
+        for i, (k, n, m) in enumerate(zip(keys, sizes, sizes[1:]))
     }
 
 

@@ -172,21 +172,25 @@ def _global_topk(scores: list[Array], wanted: tuple[Array, Array]) -> list[Array
     def as_key(offset: Array) -> Array:
         return lax.bitcast_convert_type(offset ^ top, signed)
 
+    def at_or_above(key: Array) -> Array:
+        # The barrier ties the scores to this pass: a loop would keep a copy of all their keys.
+        fixed, key = lax.optimization_barrier((scores, key))
+        return jnp.stack([jnp.sum(keys_of(x) >= key, dtype=_WIDE) for x in fixed])
+
     def settle_bit(i: Array, offset: Array) -> Array:
         candidate = offset | (top >> i.astype(unsigned))
-        # The barrier ties the scores to this round: the loop would keep a copy of all keys.
-        round_scores, candidate = lax.optimization_barrier((scores, candidate))
-        counts = [jnp.sum(keys_of(x) >= as_key(candidate), dtype=_WIDE) for x in round_scores]
-        return jnp.where(_at_least(_total(counts), wanted), candidate, offset)
+        enough = _at_least(_total(at_or_above(as_key(candidate))), wanted)
+        return jnp.where(enough, candidate, offset)
 
     threshold = as_key(lax.fori_loop(0, bits, settle_bit, jnp.zeros((), unsigned)))
-    above = [jnp.sum(keys_of(x) > threshold, dtype=_WIDE) for x in scores]
-    equal = [jnp.sum(keys_of(x) == threshold, dtype=_WIDE) for x in scores]
+    # no float has the highest integer as its key, so the next one exists
+    reached, above = lax.map(at_or_above, jnp.stack([threshold, threshold + 1]))
+    equal = reached - above
     left = _minus(wanted, _total(above))
     masks = []
     for x, ties in zip(scores, equal):
         take = _smaller(ties, left)
-        left = _minus(left, _total([take]))
+        left = _minus(left, _total(take))
         masks.append(_take_ties(x, threshold, ties, take))
     return masks
 
@@ -195,25 +199,25 @@ def _take_ties(x: Array, threshold: Array, ties: Array, take: Array) -> Array:
     """The keys above the threshold and the first `take` of those at it."""
     if x.size == 0:
         return jnp.zeros(x.shape, bool)
-    keys = ordered_bits(x, nan="lowest")
-    above, equal = keys > threshold, keys == threshold
     axes = tuple(range(x.ndim))
     wanted = jnp.reshape(take.astype(_count_dtype(x.size)), (1,) * x.ndim)
-    return lax.cond(
-        ties == take,
-        lambda: above | equal,
-        lambda: above | (equal & _first(equal, wanted, axes, x.size)),
-    )
+
+    def some(x: Array) -> Array:
+        keys = ordered_bits(x, nan="lowest")
+        equal = keys == threshold
+        return (keys > threshold) | (equal & _first(equal, wanted, axes, x.size))
+
+    # the branches make the keys anew: nothing of the size of the scores is kept between them
+    return lax.cond(ties == take, lambda x: ordered_bits(x, nan="lowest") >= threshold, some, x)
 
 
 # Totals beyond 2^32 as two int32 numbers, hi * 2^16 + lo: without x64 JAX has no wider integer.
 _WIDE = jnp.uint32
 
 
-def _total(counts: Sequence[Array]) -> tuple[Array, Array]:
-    zero = jnp.zeros((), jnp.int32)
-    hi = sum(((c >> 16).astype(jnp.int32) for c in counts), zero)
-    lo = sum(((c & jnp.uint32(0xFFFF)).astype(jnp.int32) for c in counts), zero)
+def _total(counts: Array) -> tuple[Array, Array]:
+    hi = jnp.sum((counts >> 16).astype(jnp.int32))
+    lo = jnp.sum((counts & jnp.uint32(0xFFFF)).astype(jnp.int32))
     return hi + (lo >> 16), lo & 0xFFFF
 
 
@@ -227,7 +231,7 @@ def _minus(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array
 
 
 def _smaller(count: Array, left: tuple[Array, Array]) -> Array:
-    fits = _at_least(left, _total([count]))
+    fits = _at_least(left, _total(count))
     narrow = (left[0].astype(_WIDE) << 16) | left[1].astype(_WIDE)
     return jnp.where(fits, count, narrow)
 

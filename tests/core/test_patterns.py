@@ -77,6 +77,28 @@ def test_masks_are_idempotent_equivariant_to_scale_and_monotone(pattern):
     np.testing.assert_array_equal(pattern.mask(x, 1), np.ones(SHAPE, bool))
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.permutations(range(12)), st.integers(0, 2**32 - 1))
+def test_masks_follow_a_permutation_and_ignore_signs(order, seed):
+    w = np.random.default_rng(seed).permutation(96).reshape(SHAPE) * 1.0 - 48.25  # no ties
+    scores = jnp.abs(jnp.asarray(w, jnp.float32))
+    order = jnp.asarray(order)
+    for pattern in (sj.Unstructured(), sj.Unstructured(axis=-2), sj.NM(2, 4), sj.Channel()):
+        mask = JITTED.get(pattern, jax.jit(pattern.mask))(scores, jnp.float32(0.5))
+        moved = JITTED.get(pattern, jax.jit(pattern.mask))(scores[:, order], jnp.float32(0.5))
+        np.testing.assert_array_equal(moved, mask[:, order])
+    params = {"kernel": jnp.asarray(w, jnp.float32)}
+    flipped = {"kernel": -params["kernel"]}
+    for one, two in zip(sj.prune(params, 0.5), sj.prune(flipped, 0.5)):
+        np.testing.assert_array_equal(jnp.abs(one["kernel"]), jnp.abs(two["kernel"]))
+
+
+def test_one_element_leaves():
+    x = jnp.ones((1, 1))
+    for pattern in (sj.Unstructured(), sj.NM(1, 1), sj.Block((1, 1)), sj.Channel()):
+        assert bool(pattern.mask(x, 0.1).all())
+
+
 def test_axes_and_strides_of_nm():
     x = jax.random.uniform(jax.random.key(0), (8, 12))
     np.testing.assert_array_equal(sj.nm_mask(x, 1, 4).T, sj.nm_mask(x.T, 1, 4, axis=-1))
