@@ -70,16 +70,17 @@ class Config(CharacterConfig):
             raise ExperimentError(
                 f"claim_sparsity is {self.claim_sparsity}; it must be one of {self.sparsities}"
             )
+        if self.order == "jaxpruner" and self.end % self.freq:
+            raise ExperimentError(
+                f"end is {self.end}; with the order jaxpruner freq = {self.freq} must divide it, "
+                "or the final sparsity is never reached"
+            )
 
     @property
     def schedule(self) -> sj.Schedule:
         """Sparsity as a function of the step."""
         return sj.cubic(
-            begin=self.begin,
-            end=self.end,
-            freq=self.freq,
-            power=self.power,
-            convention=self.order,
+            begin=self.begin, end=self.end, freq=self.freq, power=self.power, convention=self.order
         )
 
     def pruning(self, sparsity: float, schedule: sj.Schedule | None = None) -> Optimizer:
@@ -135,10 +136,9 @@ def run(config: Config, run: Run) -> Result:
     arms: dict[str, list[Trial]] = {}
 
     def add(label: str, hidden: int, optimizer: Any, step: Any) -> None:
-        name = label.replace(" %", "").replace(" ", "-")
         arms[label] = train_arm(
-            config, run, text, name, hidden=hidden, optimizer=optimizer, step=step, bits=bits,
-            slug=SLUG,
+            config, run, text, label.replace(" ", "-"), hidden=hidden, optimizer=optimizer,
+            step=step, bits=bits, slug=SLUG,
         )  # fmt: skip
 
     add("dense", config.hidden, optax.adam, dense)
@@ -159,9 +159,8 @@ def run(config: Config, run: Run) -> Result:
         "best_rate": {n: found[0].peak for n, found in best.items()},
         "nonzeros": {n: found[0].nonzeros for n, found in best.items()},
     }
-    return Result(
-        make_claims(config, arms), make_card(config, sj.Granularity.UNSTRUCTURED), metrics
-    )
+    card = make_card(config, sj.Granularity.UNSTRUCTURED)
+    return Result(make_claims(config, arms), card, metrics)
 
 
 def make_claims(config: Config, arms: dict[str, list[Trial]]) -> tuple[Claim, ...]:
@@ -210,23 +209,16 @@ def draw(config: Config, run: Run, arms: dict[str, list[Trial]]) -> None:
         high = [max(t.bits for t in found) - m for m, (_, found) in zip(y, points)]
         axes.errorbar(x, y, (low, high), label=family, color=color, marker=marker, capsize=4)
     dense = mean_bits(best_rate(arms["dense"]))
-    axes.axhline(
-        dense,
-        color=COLORS[-1],
-        linestyle=":",
-        label=f"large dense ({kernel_entries(config.hidden):,})",
-    )
+    label = f"large dense ({kernel_entries(config.hidden):,})"
+    axes.axhline(dense, color=COLORS[-1], linestyle=":", label=label)
     axes.set_xscale("log")
     ticks = sorted({f[0].nonzeros for n, f in arms.items() if "large sparse" in n})
     axes.set_xticks(ticks, [f"{t:,}" for t in ticks])
     axes.minorticks_off()
     axes.legend(frameon=False)
     save(figure, run.folder / "bits_by_nonzeros.png")
-    shown = {
-        n: best_rate(f)
-        for n, f in arms.items()
-        if n == "dense" or n.endswith(f" {config.claim_sparsity:.3g}")
-    }
+    ending = f" {config.claim_sparsity:.3g}"
+    shown = {n: best_rate(f) for n, f in arms.items() if n == "dense" or n.endswith(ending)}
     draw_training(run, shown, "Training, mean over seeds, band from lowest to highest")
 
 
@@ -250,11 +242,8 @@ def resnet50_shapes() -> dict[str, Any]:
                 layers["shortcut"] = conv(1, n_in, 4 * width)
             params[f"stage{stage}_block{block}"] = layers
             n_in = 4 * width
-    params["classes"] = {
-        "kernel": jax.ShapeDtypeStruct((n_in, 1000), "float32"),
-        "bias": jax.ShapeDtypeStruct((1000,), "float32"),
-    }
-    return params
+    kernel, bias = (jax.ShapeDtypeStruct(s, "float32") for s in ((n_in, 1000), (1000,)))
+    return params | {"classes": {"kernel": kernel, "bias": bias}}
 
 
 def check(config: Config) -> list[str]:

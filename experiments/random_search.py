@@ -27,8 +27,8 @@ from sparsejax.weights import SearchResult, node_sampler, paired_comparison, ran
 from sparsejax.weights import sample_edge_masks as edge_masks
 
 SLUG = "random_search"
-MINUTES = {"laptop": "2", "test": "0.2", "paper": "checked abstractly"}
-SPACES, PROXIES = ("node", "edge"), ("loss", "acc", "snip")
+MINUTES = {"laptop": "3", "test": "0.3", "paper": "checked abstractly"}
+SPACES, PROXIES, ARMS = ("node", "edge"), ("loss", "acc", "snip"), ("searched", "random")
 WINDOW = 10  # batches in a running mean of the loss
 HIGHEST = 0.9  # sparser networks are not trained to the end in so few steps
 
@@ -67,31 +67,20 @@ class Config(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        digits.check_batch(self.batch)
-        digits.check_one_device(self)
-        for name in ("trials", "chunk", "steps"):
-            if getattr(self, name) < 1:
-                raise ExperimentError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        digits.check_settings(
+            self,
+            positive=("trials", "chunk", "steps", "hidden"),
+            known={"space": SPACES, "proxy": PROXIES},
+        )
         if self.seeds < 2:
             raise ExperimentError(f"seeds is {self.seeds}; a paired comparison needs two")
         if not 1 <= self.search_examples <= digits.TRAIN:
             raise ExperimentError(
                 f"search_examples is {self.search_examples}; allowed are 1 to {digits.TRAIN}"
             )
-        if not self.hidden or min(self.hidden) < 1:
-            raise ExperimentError(f"hidden is {self.hidden}; give numbers of at least 1")
-        for name, given, known in (
-            ("space", self.space, SPACES),
-            ("proxy", (self.proxy,), PROXIES),
-        ):
-            for value in given:
-                if value not in known:
-                    raise ExperimentError(f"{name} is {value!r}; known are {', '.join(known)}")
-        for value in self.sparsity:
+        for value in self.sparsity or (math.nan,):
             if not 0 <= value < 1:
                 raise ExperimentError(f"sparsity is {value}; it must be in [0, 1)")
-        if not self.space or not self.sparsity:
-            raise ExperimentError("give at least one space and one sparsity")
 
     def rows(self) -> list[tuple[str, float]]:
         """`(space, sparsity)` of every comparison."""
@@ -175,6 +164,7 @@ def train_seeds(
 ) -> dict[str, list[Any]]:
     """Searched and random sub-network of every seed; the space "dense" trains the whole network."""
     batch = (data.train_x[: config.search_examples], data.train_y[: config.search_examples])
+    config = digits.static_settings(config)
     figures = []
     for seed in config.seed_list():
         init, draw_key = jax.random.split(jax.random.key(seed))
@@ -194,7 +184,7 @@ def train_seeds(
             "score_mean": float(found.scores.mean()),
             "weight_sparsity": 1 - sj.count_masks(found.best_masks).density,
         }
-        for name, masks, loss in zip(("searched", "random"), (found.best_masks, first), losses):
+        for name, masks, loss in zip(ARMS, (found.best_masks, first), losses):
             trained = train_arm(params, masks, order, data, config=config)
             one |= {f"initial_loss_{name}": float(loss)}
             one |= training_figures(name, trained, config)
@@ -221,7 +211,7 @@ def compare(values: dict[str, list[Any]]) -> Comparison:
     """The paired tests of one row."""
 
     def paired(name: str) -> list[float]:
-        arms = [jnp.asarray(values[f"{name}_{arm}"], jnp.float32) for arm in ("searched", "random")]
+        arms = [jnp.asarray(values[f"{name}_{arm}"], jnp.float32) for arm in ARMS]
         return [float(x) for x in paired_comparison(*arms)]
 
     steps = [*values["steps_searched"], *values["steps_random"]]
@@ -242,7 +232,7 @@ def run(config: Config, run: Run) -> Result:
             bar(done, 0.0, {})
     dense = found.pop(("dense", 0.0))
     tests = {row: compare(values) for row, values in found.items()}
-    print_table(run, config, dense, found, tests)
+    print_tables(run, config, dense, found, tests)
     draw(run, config, dense, found, tests)
     metrics = {
         "dense": dense,
@@ -270,36 +260,31 @@ def mean_steps(values: list[int | None]) -> str:
     """Mean number of steps, or how many seeds got there."""
     there = [value for value in values if value is not None]
     if len(there) < len(values):
-        return f"{len(there)} of {len(values)} seeds"
+        return f"{len(there)} of {len(values)} got there"
     return f"{np.mean(there):.0f}"
 
 
-def print_table(run: Run, config: Config, dense: Any, found: Any, tests: Any) -> None:
-    """One row for each space and sparsity."""
-    rows = [["dense", "", "", mean_and_deviation(dense["test_accuracy_dense"], 2), "", "", "",
-             mean_steps(dense["steps_dense"]), ""]]  # fmt: skip
+def print_tables(run: Run, config: Config, dense: Any, found: Any, tests: Any) -> None:
+    """Accuracies with their paired tests, and what happens before and while training."""
+    whole = mean_and_deviation(dense["test_accuracy_dense"], 2)
+    accuracies = [["dense", "0", whole, "", "", ""]]
+    progress = [["dense", "", "", mean_steps(dense["steps_dense"]), "", ""]]
     for (space, s), values in found.items():
         test = tests[space, s]
-        rows.append(
-            [
-                f"{space} {s:g}",
-                f"{np.mean(values['weight_sparsity']):.3f}",
-                f"{np.mean(values['score_best']):.3f} / {np.mean(values['score_mean']):.3f}",
-                mean_and_deviation(values["test_accuracy_searched"], 2),
-                mean_and_deviation(values["test_accuracy_random"], 2),
-                f"{test.mean:+.2f} ± {test.error:.2f}",
-                f"{test.p:.2f}",
-                f"{mean_steps(values['steps_searched'])} / {mean_steps(values['steps_random'])}",
-                "" if test.steps_p is None else f"{test.steps_p:.2f}",
-            ]
-        )
-    title = (
-        f"Best of {config.trials} by {config.proxy} before training, {config.seeds} seeds: test "
-        "accuracy (%, ± deviation; difference ± standard error, paired t-test)"
-    )
-    header = ("space, sparsity", "weight sparsity", "score best / mean", "searched", "random",
-              "difference", "p", f"steps to loss {config.threshold:g}", "p")  # fmt: skip
-    run.console.print(make_table(title, header, rows))
+        arms = [mean_and_deviation(values[f"test_accuracy_{a}"], 2) for a in ARMS]
+        sparse = f"{np.mean(values['weight_sparsity']):.3f}"
+        gain = f"{test.mean:+.2f} ± {test.error:.2f}"
+        accuracies.append([f"{space} {s:g}", sparse, *arms, gain, f"{test.p:.2f}"])
+        scores = [f"{np.mean(values[f'score_{kind}']):.3f}" for kind in ("best", "mean")]
+        steps = [mean_steps(values[f"steps_{a}"]) for a in ARMS]
+        p = "" if test.steps_p is None else f"{test.steps_p:.2f}"
+        progress.append([f"{space} {s:g}", *scores, *steps, p])
+    title = f"Test accuracy (%) of {config.seeds} seeds; difference ± standard error, paired t-test"
+    header = ("dropped", "of weights", *ARMS, "difference", "p")
+    run.console.print(make_table(title, header, accuracies))
+    title = f"{config.proxy} of {config.trials} candidates; steps to loss {config.threshold:g}"
+    header = ("dropped", "best", "mean", *(f"steps, {a}" for a in ARMS), "p")
+    run.console.print(make_table(title, header, progress))
 
 
 def make_claims(config: Config, dense: Any, found: Any, tests: Any) -> tuple[Claim, ...]:
@@ -309,7 +294,7 @@ def make_claims(config: Config, dense: Any, found: Any, tests: Any) -> tuple[Cla
     level = 0.05 / len(rows)
     winners = [row for row in rows if tests[row].mean > 0 and tests[row].p < level]
     accuracies = [np.mean([found[row][f"test_accuracy_{arm}"] for row in rows])
-                  for arm in ("searched", "random")]  # fmt: skip
+                  for arm in ARMS]  # fmt: skip
     claims = [
         Claim(
             f"the best of {config.trials} sub-networks by {config.proxy} before training trains no "
@@ -339,27 +324,30 @@ def make_claims(config: Config, dense: Any, found: Any, tests: Any) -> tuple[Cla
 def draw(run: Run, config: Config, dense: Any, found: Any, tests: Any) -> None:
     """Paired differences with their errors, and training losses."""
     figure, axes = new_figure(
-        f"Accuracy that the search gains (dots: {config.seeds} seeds, bars: 95 % of the mean)",
+        f"Accuracy that the search gains ({config.seeds} seeds; bars: mean ± 2 standard errors)",
         "", "searched minus random (points)", size=(7.6, 4.2),
     )  # fmt: skip
     labels = [f"{space}\n{s:g}" for space, s in tests]
     for i, (row, test) in enumerate(tests.items()):
-        arms = [np.asarray(found[row][f"test_accuracy_{a}"]) for a in ("searched", "random")]
+        arms = [np.asarray(found[row][f"test_accuracy_{a}"]) for a in ARMS]
         color = COLORS[SPACES.index(row[0])]
         axes.scatter([i + 0.16] * config.seeds, arms[0] - arms[1], s=12, color=color, alpha=0.45)
-        axes.errorbar(i - 0.08, test.mean, 1.96 * test.error, color=color, fmt="o", capsize=4, lw=2)
+        axes.errorbar(i - 0.08, test.mean, 2 * test.error, color=color, fmt="o", capsize=4, lw=2)
     axes.axhline(0, color="#222222", lw=0.8)
     axes.set_yscale("symlog", linthresh=2)
+    low, high = axes.get_ylim()
+    ticks = [t for t in (-30, -10, -5, -2, -1, 0, 1, 2, 5, 10, 30) if low <= t <= high]
+    axes.set_yticks(ticks, labels=[f"{t:+d}" if t else "0" for t in ticks])
     axes.set_xticks(range(len(labels)), labels=labels)
     save(figure, run.folder / "difference.png")
     space = config.space[0]
     figure, axes = new_figure(
-        f"Searched and random sub-networks train alike ({space} space, mean of {config.seeds} "
-        "seeds)", "training step", "training loss (nats)",
+        f"Share of {space}s dropped, searched and random (mean of {config.seeds} seeds)",
+        "training step", "training loss (nats)",
     )  # fmt: skip
     curves = {"dense": dense["curve_dense"]}
     for s in config.sparsity:
-        for arm in ("searched", "random"):
+        for arm in ARMS:
             curves[f"{arm}, {s:g}"] = found[space, s][f"curve_{arm}"]
     for i, (label, values) in enumerate(curves.items()):
         color = COLORS[-1] if i == 0 else COLORS[(i - 1) // 2 % (len(COLORS) - 1)]
@@ -374,36 +362,36 @@ def draw(run: Run, config: Config, dense: Any, found: Any, tests: Any) -> None:
 def check(config: Config) -> list[str]:
     """Builds the search and a training step of a large network on MNIST's shapes, abstractly."""
     sizes = config.sizes(inputs=28 * 28)
-    shape = jax.ShapeDtypeStruct
-    params = jax.eval_shape(lambda: digits.init_mlp(jax.random.key(0), sizes))
-    batch = (shape((config.search_examples, sizes[0]), jnp.float32),
-             shape((config.search_examples,), jnp.int32))  # fmt: skip
-    kernels = sum(math.prod(layer["kernel"].shape) for layer in params.values())
+
+    def whole(key: Array, pixels: Array, labels: Array, *, space: str, sparsity: float) -> Any:
+        data, params = digits.Digits(pixels, labels, pixels, labels), digits.init_mlp(key, sizes)
+        found, first, _ = search(
+            key, params, (pixels, labels), space=space, sparsity=sparsity, config=config
+        )
+        order = jnp.zeros((1, config.batch), jnp.int32)
+        return found, train_arm(params, first, order, data, config=config)
+
     lines = []
     for space, s in config.rows():
-        found, masks, _ = jax.eval_shape(
-            functools.partial(search, space=space, sparsity=s, config=config),
-            jax.eval_shape(lambda: jax.random.key(0)), params, batch,
-        )  # fmt: skip
-        examples = digits.Digits(*[shape((n, *tail), dtype) for n in (60000, 10000)
-                                   for tail, dtype in (((sizes[0],), jnp.float32),
-                                                       ((), jnp.int32))])  # fmt: skip
-        order = shape((1, config.batch), jnp.int32)
-        step = functools.partial(train_arm, config=config)
-        trained = jax.eval_shape(step, params, masks, order, examples)
-        memory = config.chunk * kernels
-        lines.append(
-            f"{space} sparsity {s:g} of {'-'.join(map(str, sizes))}: a search of "
-            f"{found.scores.shape[0]:,} candidates and a step of {config.batch} trace to "
-            f"{len(jax.tree.leaves(trained.params))} tensors; {config.chunk} candidates at once "
-            f"take {memory / 2**20:,.0f} MiB of masks"
+        found, trained = jax.eval_shape(
+            functools.partial(whole, space=space, sparsity=s),
+            jax.eval_shape(lambda: jax.random.key(0)),
+            jax.ShapeDtypeStruct((config.search_examples, sizes[0]), jnp.float32),
+            jax.ShapeDtypeStruct((config.search_examples,), jnp.int32),
         )
-    lines.append(
+        weights = sum(w.size for w in jax.tree.leaves(trained.params) if w.ndim == 2)
+        lines.append(
+            f"{space} sparsity {s:g} of {'-'.join(map(str, sizes))}, {weights:,} weights: a search "
+            f"of {found.scores.shape[0]:,} candidates and a step of {config.batch} trace; "
+            f"{config.chunk} candidates at once take {config.chunk * weights / 2**20:,.0f} MiB of "
+            "masks"
+        )
+    missing = (
         "checked abstractly: the paper's own sizes and datasets are not known; MNIST from TFDS is "
         "not wired to this experiment, and ResNet-20 needs a ResNet in sparsejax.models, which is "
         "not there yet"
     )
-    return lines
+    return [*lines, missing]
 
 
 EXPERIMENT = Experiment(

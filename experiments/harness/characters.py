@@ -67,6 +67,8 @@ class CharacterConfig(RunConfig):
                 raise ExperimentError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise ExperimentError(f"learning_rates are {self.learning_rates}; give positive ones")
+        if len(set(self.learning_rates)) < len(self.learning_rates):
+            raise ExperimentError(f"learning_rates are {self.learning_rates}; they must differ")
         if self.power <= 0:
             raise ExperimentError(f"power is {self.power}; it must be positive")
         if self.end >= self.steps:
@@ -248,8 +250,9 @@ def train_arm(
     Args:
       config, run, text: settings, folder and data.
       name: of the arm. hidden: its width.
-      optimizer: of the arm; only its `init` is used, so that arms whose states look alike share
-      step: one compiled step.
+      optimizer: makes the first state.
+      step: from `make_step` of this optimizer, or of one whose state looks the same: sparsities
+        are part of the state, so one compiled step serves all of them.
       bits: from `make_bits` of the test text.
       slug: the experiment.
 
@@ -294,7 +297,9 @@ def at_rate(trials: Sequence[Trial], peak: float) -> list[Trial]:
 
 def best_rate(trials: Sequence[Trial]) -> list[Trial]:
     """The trials at the learning rate with the lowest mean."""
-    return min((at_rate(trials, peak) for peak in {t.peak: 0 for t in trials}), key=mean_bits)
+    return min(
+        (at_rate(trials, peak) for peak in dict.fromkeys(t.peak for t in trials)), key=mean_bits
+    )
 
 
 def mean_bits(trials: Sequence[Trial]) -> float:
@@ -303,14 +308,19 @@ def mean_bits(trials: Sequence[Trial]) -> float:
 
 
 def bits_claim(
-    sentence: str, ours: Sequence[Trial], theirs: Sequence[Trial], *, margin: float = 0.0
+    sentence: str,
+    ours: Sequence[Trial],
+    theirs: Sequence[Trial],
+    *,
+    margin: float = 0.0,
+    name: str | None = None,
 ) -> Claim:
-    """Whether ours needs fewer bits than theirs by more than a margin, in the mean over seeds."""
+    """Whether ours needs fewer bits than theirs (`name`) by more than a margin, in the mean."""
     return Claim(
         sentence,
         mean_bits(theirs) - mean_bits(ours) > margin,
         mean_and_deviation([t.bits for t in ours]),
-        mean_and_deviation([t.bits for t in theirs]),
+        mean_and_deviation([t.bits for t in theirs]) + (f", {name}" if name else ""),
         min(len(ours), len(theirs)),
     )
 
@@ -340,7 +350,7 @@ def print_table(run: Run, config: CharacterConfig, arms: Mapping[str, Sequence[T
             label,
             str(found[0].params["hidden"]["kernel"].shape[1]),
             f"{found[0].nonzeros:,}",
-            f"{sj.storage_bytes(found[0].masks, 'bitmask', shapes=found[0].params) / 1024:.1f}",
+            f"{sj.storage_bytes(found[0].masks, 'bitmask', shapes=found[0].params) / 1024:.3g}",
             *(
                 mean_and_deviation([t.bits for t in at_rate(found, rate)])
                 for rate in config.learning_rates
@@ -369,8 +379,8 @@ def draw_training(run: Run, arms: Mapping[str, Sequence[Trial]], title: str) -> 
     draw_curves(axes, curves)
     highest = max(np.max(y[len(y) // 20 :]) for runs in curves.values() for _, y in runs)
     lowest = min(np.min(y) for runs in curves.values() for _, y in runs)
-    axes.set_ylim(lowest - 0.1, highest + 0.1)
-    axes.legend(frameon=False)
+    axes.set_ylim(lowest - 0.1, highest + 0.35)  # room for the legend
+    axes.legend(frameon=False, loc="upper right", ncols=2)
     save(figure, run.folder / "training.png")
 
 

@@ -4,10 +4,11 @@ A step takes far less than a millisecond, so a whole training is one `lax.scan`.
 arms are kept as JSON in the run folder, so that a resumed run does only what is left.
 """
 
+import dataclasses
 import functools
 import json
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from experiments.harness.data import load_arrays
 from experiments.harness.run import InterruptedRunError, Run, resume_hint, write_json
 
 INPUTS, CLASSES, TRAIN = 64, 10, 1257
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
 LEVEL = 15  # images hold 15 times the scanned values 0..16
 
 
@@ -86,24 +88,43 @@ def batch_order(seed: int, *, steps: int, batch: int) -> Int[Array, "steps batch
     return jnp.asarray(np.concatenate(epochs).reshape(-1, batch)[:steps], jnp.int32)
 
 
-def check_batch(batch: int) -> None:
-    """Refuses a batch that the training set cannot fill.
+def check_settings(
+    config: Any,
+    *,
+    positive: Sequence[str] = (),
+    shares: Sequence[str] = (),
+    known: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Refuses settings out of range, the batch and the device included.
+
+    Args:
+      config: a `RunConfig` with a `batch`; a setting may be a value or a tuple of them, not empty.
+      positive: names of those that are at least 1. shares: of those in [0, 1].
+      known: allowed values of a setting by its name.
 
     Raises:
-      ExperimentError: a batch below 1 or above the number of training examples.
+      ExperimentError: naming the setting.
     """
-    if not 1 <= batch <= TRAIN:
-        raise ExperimentError(f"batch is {batch}; it must be from 1 to {TRAIN}")
-
-
-def check_one_device(config: RunConfig) -> None:
-    """Refuses the settings of an experiment that is too small to be spread.
-
-    Raises:
-      ExperimentError: a mesh or several processes.
-    """
+    if not 1 <= config.batch <= TRAIN:
+        raise ExperimentError(f"batch is {config.batch}; it must be from 1 to {TRAIN}")
     if config.mesh is not None or config.multihost:
         raise ExperimentError("mesh and multihost are not for this experiment: it runs on 1 device")
+    for name in (*positive, *shares, *(known or {})):
+        given = getattr(config, name)
+        for value in given if isinstance(given, tuple) else (given,):
+            if name in positive and value < 1:
+                raise ExperimentError(f"{name} is {value}; it must be at least 1")
+            if name in shares and not 0 <= value <= 1:
+                raise ExperimentError(f"{name} is {value}; it must be in [0, 1]")
+            if known and name in known and value not in known[name]:
+                raise ExperimentError(f"{name} is {value!r}; known are {', '.join(known[name])}")
+        if given == ():
+            raise ExperimentError(f"{name} is empty; give one value or several")
+
+
+def static_settings(config: ConfigT) -> ConfigT:
+    """The settings without their folders: a static argument that a resumed run shares."""
+    return dataclasses.replace(config, resume=None, out="")
 
 
 class Trained(NamedTuple):

@@ -163,7 +163,8 @@ def save_compact(path: str | os.PathLike[str], params: PyTree, masks: PyTree) ->
             kept = np.asarray(mask)
             if np.any(w[~kept] != 0):
                 raise ValueError(f"leaf {name!r} has non-zeros outside its mask")
-            if _obeys_2to4(w):
+            # both forms spend one bit an entry on positions; 2:4 always stores half the values
+            if _obeys_2to4(w) and 2 * kept.sum() >= w.size:
                 packed = compress_2to4(jnp.asarray(w), axis=-2)
                 entry["form"] = "2:4"
                 arrays[f"{i}/values"] = _raw(np.asarray(packed.values))

@@ -114,9 +114,11 @@ def gradual_pruning(
         )
         densities = jax.tree.map(jnp.float32, densities)
         zero = jnp.zeros((), jnp.int32)
-        first = masks_at(zero, params, masks, densities)
-        if order == "zhu_gupta":
-            masks = _select(schedule.is_update(zero) & True, first, masks)
+        jax.eval_shape(masks_at, zero, params, masks, densities)  # does the pattern fit?
+        with jax.ensure_compile_time_eval():
+            prunes_at_once = order == "zhu_gupta" and bool(schedule.is_update(0))
+        if prunes_at_once:
+            masks = masks_at(zero, params, masks, densities)
         return SparsityState(zero, masks, densities, inner.init(params))
 
     def update(
@@ -172,6 +174,3 @@ def _final_densities(params: PyTree, allocation: Allocation, where: Where) -> Py
     out = [shares[path] if path in leaves else 1.0 for path, _ in named_leaves(params)]
     return jax.tree.unflatten(jax.tree.structure(params), out)
 
-
-def _select(condition: Any, first: PyTree, second: PyTree) -> PyTree:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), first, second)
