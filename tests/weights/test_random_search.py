@@ -15,14 +15,6 @@ from sparsejax import weights
 pytestmark = pytest.mark.standard_promotion
 
 
-def everything(file):
-    """The file as one case: its arrays have no number of a case in front."""
-    node = next(file.cases("node"))
-    whole = type(node)(node._arrays, "")
-    file._opened[:] = [whole]
-    return whole
-
-
 def mlp(params, x):
     for i in range(len(params)):
         layer = params[f"l{i}"]
@@ -54,7 +46,7 @@ def test_every_family_has_a_test(reference):
 
 @pytest.mark.vectors
 def test_vectors(reference):
-    case = everything(reference("random_search"))
+    case = reference("random_search").whole()
     layers = sum(re.fullmatch(r"weight\d+", name) is not None for name in case.names())
     params = {
         f"l{i}": {"kernel": jnp.asarray(case[f"weight{i}"]), "bias": jnp.asarray(case[f"bias{i}"])}
@@ -114,7 +106,7 @@ def test_vectors(reference):
 
 @pytest.mark.vectors
 def test_samplers_draw_the_counts_of_the_vectors(reference):
-    case = everything(reference("random_search"))
+    case = reference("random_search").whole()
     layers = sum(re.fullmatch(r"weight\d+", name) is not None for name in case.names())
     for name in case.names():
         if not re.match(r"weight\d|node_keep|edge_mask|sparsity", name):

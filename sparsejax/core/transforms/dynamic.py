@@ -98,7 +98,8 @@ def dynamic_sparsity(
     Parameters are stored masked (multiply them by the masks before the first step), so the gradient
     of `loss(params)` is dense, as growing needs. An update step exchanges weights and takes no
     optimiser step; weights that become active start at zero with zero slots. Masks change inside
-    `lax.cond`: other steps cost nothing.
+    `lax.cond`: other steps cost nothing (under `vmap` a cond becomes a select, and masks are made
+    at every step).
 
     Args:
       inner: the optimiser to wrap.
@@ -141,7 +142,9 @@ def dynamic_sparsity(
         if params is None:
             raise ValueError("params is None; dynamic_sparsity exchanges parameters: pass them")
 
-        def exchange() -> tuple[PyTree, PyTree, PyTree]:
+        masks = state.masks
+
+        def exchange() -> PyTree:
             fraction = drop(state.count)
             if grow == "gradient":
                 growth = jax.tree.map(jnp.abs, updates)
@@ -149,26 +152,23 @@ def dynamic_sparsity(
                 step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
                 growth = random(step_key, params)
 
-            def one(mask: Array, param: Array, score: Array) -> tuple[Array, Array]:
+            def one(mask: Array, param: Array, score: Array) -> Array:
                 if is_dense(mask):
-                    return mask, jnp.asarray(False)
-                return prune_and_regrow(mask, jnp.abs(param), score, fraction, count=count)
+                    return mask
+                return prune_and_regrow(mask, jnp.abs(param), score, fraction, count=count)[0]
 
-            pairs = jax.tree.map(one, state.masks, params, growth)
-            new, grown = jax.tree.transpose(
-                jax.tree.structure(state.masks), jax.tree.structure((0, 0)), pairs
-            )
-            zeros = jax.tree.map(lambda p, u: jnp.zeros(p.shape, u.dtype), params, updates)
-            slots = reset_optimizer_slots(state.inner, params, grown)
-            return keep_sparse(zeros, params, new), new, slots
-
-        def step() -> tuple[PyTree, PyTree, PyTree]:
-            masked = apply_masks(updates, state.masks)
-            out, slots = inner.update(masked, state.inner, params, **extra)
-            return keep_sparse(out, params, state.masks), state.masks, slots
+            return jax.tree.map(one, masks, params, growth)
 
         due = is_update_step(state.count, begin=first, end=end, freq=freq, phase="absolute")
-        out, new, slots = lax.cond(due, exchange, step)
+        new = lax.cond(due, exchange, lambda: masks)
+        # The optimiser's step is taken always and dropped where masks change: a choice entry by
+        # entry is part of its pass over the state, a cond around it would copy the state.
+        stepped, after = inner.update(apply_masks(updates, masks), state.inner, params, **extra)
+        grown = jax.tree.map(lambda now, before: now & ~before, new, masks)
+        reset = reset_optimizer_slots(state.inner, params, grown)
+        slots = jax.tree.map(lambda old, fresh: jnp.where(due, old, fresh), reset, after)
+        held = jax.tree.map(lambda u: jnp.where(due, jnp.zeros((), u.dtype), u), stepped)
+        out = keep_sparse(held, params, new)
         return out, DynamicSparsityState(state.count + 1, new, slots, state.key)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -188,7 +188,8 @@ def rigl(
 
     Args:
       inner, masks, freq, begin, count: see `dynamic_sparsity`.
-      end: where the share reaches 0 (three quarters of training in the paper). alpha: at step 0.
+      end: where the share reaches 0 (three quarters of training in the paper); if it is a multiple
+        of `freq`, that step still counts as an exchange, of nothing. alpha: share at step 0.
 
     Source: Evci et al., Rigging the lottery (2020).
     """

@@ -57,9 +57,11 @@ def gradual_pruning(
 
     In the order "zhu_gupta" a step masks the gradients, updates, and, when the *next* step is an
     update step, makes new masks from the updated parameters, so that the next forward pass is
-    already sparser; slots of pruned weights become zero. Multiply the parameters by the masks of
-    `init` if the schedule prunes at step 0. In the order "jaxpruner" an update step first makes new
-    masks from the parameters as they are. Masks change inside `lax.cond`: other steps cost nothing.
+    already sparser; the slots of pruned weights are zero after the step that follows. Multiply the
+    parameters by the masks of `init` if the schedule prunes at step 0. In the order "jaxpruner" an
+    update step first makes new masks from the parameters as they are. Masks change inside
+    `lax.cond`: other steps cost nothing (under `vmap` a cond becomes a select, and masks are made
+    at every step).
 
     Args:
       inner: the optimiser to wrap.
@@ -132,27 +134,22 @@ def gradual_pruning(
             masks = lax.cond(due, lambda: masks_at(count, params, masks, densities), lambda: masks)
         if mask_gradients:
             updates = apply_masks(updates, masks)
+            # here, where it is part of the optimiser's own pass, and not where masks change
+            inner_state = mask_optimizer_slots(inner_state, params, masks)
+        after, after_state = inner.update(updates, inner_state, params, **extra)
         if skip_on_update:
-            updates, inner_state = lax.cond(
-                schedule.is_update(count),
-                lambda: (jax.tree.map(jnp.zeros_like, updates), inner_state),
-                lambda: inner.update(updates, inner_state, params, **extra),
-            )
-        else:
-            updates, inner_state = inner.update(updates, inner_state, params, **extra)
+            due = schedule.is_update(count)
+            after = _select(due, jax.tree.map(jnp.zeros_like, after), after)
+            after_state = _select(due, inner_state, after_state)
         if order == "zhu_gupta":
 
-            def prune() -> tuple[PyTree, PyTree]:
-                after = optax.apply_updates(params, keep_sparse(updates, params, masks))
-                new = masks_at(count + 1, after, masks, densities)
-                slots = inner_state
-                return new, mask_optimizer_slots(slots, params, new) if mask_gradients else slots
+            def prune() -> PyTree:
+                new = optax.apply_updates(params, keep_sparse(after, params, masks))
+                return masks_at(count + 1, new, masks, densities)
 
-            masks, inner_state = lax.cond(
-                schedule.is_update(count + 1), prune, lambda: (masks, inner_state)
-            )
-        sparse = keep_sparse(updates, params, masks)
-        return sparse, SparsityState(count + 1, masks, densities, inner_state)
+            masks = lax.cond(schedule.is_update(count + 1), prune, lambda: masks)
+        sparse = keep_sparse(after, params, masks)
+        return sparse, SparsityState(count + 1, masks, densities, after_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -174,3 +171,6 @@ def _final_densities(params: PyTree, allocation: Allocation, where: Where) -> Py
     out = [shares[path] if path in leaves else 1.0 for path, _ in named_leaves(params)]
     return jax.tree.unflatten(jax.tree.structure(params), out)
 
+
+def _select(condition: Any, first: PyTree, second: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), first, second)
