@@ -38,11 +38,11 @@ from experiments.harness.characters import (
 from experiments.harness.cli import main
 from experiments.harness.config import Claim, Experiment, ExperimentError, Result
 from experiments.harness.plots import COLORS, new_figure, save
+from experiments.harness.resnet_shapes import PRUNABLE, resnet50_shapes
 from experiments.harness.run import Run
 
 MINUTES = {"laptop": "6", "test": "1", "paper": "checked abstractly"}
 SLUG = "gradual_pruning"
-PRUNABLE = r"^(?!first/).*kernel$"  # of the ResNet, as in the paper
 MARGINS = {"small dense": 0.05, "one-shot": 0.3}  # bits per character that the claims ask for
 
 
@@ -220,30 +220,6 @@ def draw(config: Config, run: Run, arms: dict[str, list[Trial]]) -> None:
     ending = f" {config.claim_sparsity:.3g}"
     shown = {n: best_rate(f) for n, f in arms.items() if n == "dense" or n.endswith(ending)}
     draw_training(run, shown, "Training, mean over seeds, band from lowest to highest")
-
-
-def resnet50_shapes() -> dict[str, Any]:
-    """Shapes of the parameters of a ResNet-50 for 1,000 classes, kernels HWIO."""
-
-    def conv(size: int, n_in: int, n_out: int) -> dict[str, Any]:
-        return {
-            "kernel": jax.ShapeDtypeStruct((size, size, n_in, n_out), "float32"),
-            "norm": {n: jax.ShapeDtypeStruct((n_out,), "float32") for n in ("bias", "scale")},
-        }
-
-    params: dict[str, Any] = {"first": conv(7, 3, 64)}
-    n_in = 64
-    for stage, blocks in enumerate((3, 4, 6, 3)):
-        width = 64 * 2**stage
-        for block in range(blocks):
-            layers = {"a": conv(1, n_in, width), "b": conv(3, width, width),
-                      "c": conv(1, width, 4 * width)}  # fmt: skip
-            if block == 0:
-                layers["shortcut"] = conv(1, n_in, 4 * width)
-            params[f"stage{stage}_block{block}"] = layers
-            n_in = 4 * width
-    kernel, bias = (jax.ShapeDtypeStruct(s, "float32") for s in ((n_in, 1000), (1000,)))
-    return params | {"classes": {"kernel": kernel, "bias": bias}}
 
 
 def check(config: Config) -> list[str]:

@@ -6,9 +6,9 @@ import jax
 import optax
 
 import sparsejax as sj
-from experiments.gradual_pruning import PRUNABLE, resnet50_shapes
 from experiments.harness.cli import main
 from experiments.harness.config import Experiment, Result
+from experiments.harness.resnet_shapes import PRUNABLE, resnet50_shapes
 from experiments.harness.run import Run
 from experiments.ten_lessons.config import GRANULARITIES, PRESETS, SLUG, Config, pattern
 from experiments.ten_lessons.costs import costs

@@ -8,19 +8,12 @@ from sparsejax.weights.baselines import (
     maskllm_mask,
 )
 from sparsejax.weights.cast import (
-    CAST_PATTERN,
     AdamSState,
-    ScaledLinear,
     adams,
     cast_loss,
     check_reach,
     decay_budget,
-    finish,
-    fold_and_prune,
     groups_in_pattern,
-    init_scales,
-    scale_params,
-    scaled_kernel,
     sparsity_report,
 )
 from sparsejax.weights.compact import (
@@ -45,6 +38,15 @@ from sparsejax.weights.random_search import (
     random_search,
     sample_edge_masks,
     sample_node_masks,
+)
+from sparsejax.weights.scaling import (
+    CAST_PATTERN,
+    ScaledLinear,
+    finish,
+    fold_and_prune,
+    init_scales,
+    scale_params,
+    scaled_kernel,
 )
 from sparsejax.weights.sequential import PruneMethod, capture_inputs, prune_sequential
 
