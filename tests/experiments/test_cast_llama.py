@@ -147,7 +147,8 @@ def test_two_processes_train_together(tmp_path):
         address = f"localhost:{probe.getsockname()[1]}"
     flags = ["--methods", "cast", "--seeds", "1", "--mesh", "data=2", "--multihost",
              "--coordinator", address, "--num-processes", "2"]  # fmt: skip
-    environment = os.environ | {"XLA_FLAGS": ""}
+    flags_of_xla = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    environment = os.environ | {"XLA_FLAGS": flags_of_xla}
     processes = [
         subprocess.Popen(
             command("--out", tmp_path, *flags, "--process-id", i), cwd=ROOT, env=environment

@@ -28,7 +28,8 @@ def kernel_of_this_interpreter(folder):
 
 def environment():
     """That of a reader: one device, pictures in the notebook, and this clone of the library."""
-    settings = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "MPLBACKEND")}
+    settings = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}
+    settings["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return settings | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
