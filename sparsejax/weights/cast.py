@@ -95,8 +95,9 @@ def adams(
     >>> params = {"kernel": jnp.asarray([[0.1], [1.0], [0.2], [2.0]])}
     >>> tx = adams(1e-2, total_steps=100, l1_decay=1e-2)
     >>> state = tx.init(params)
+    >>> update = jax.jit(tx.update)
     >>> for _ in range(100):
-    ...     updates, state = tx.update({"kernel": jnp.zeros((4, 1))}, state, params)
+    ...     updates, state = update({"kernel": jnp.zeros((4, 1))}, state, params)
     ...     params = optax.apply_updates(params, updates)
     >>> jnp.abs(params["kernel"][:, 0]).round(1)
     Array([0., 1., 0., 2.], dtype=float32)

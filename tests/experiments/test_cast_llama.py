@@ -96,9 +96,9 @@ def test_the_dense_model_is_kept_for_later_runs(out, capsys):
 
 
 def test_a_run_killed_in_the_middle_resumes_to_the_same_numbers(out, tmp_path):
-    changes = {"methods": ("cast",), "seeds": 1, "steps": 400, "checkpoint_every": 20}
+    changes = {"methods": ("cast",), "seeds": 1, "steps": 200, "checkpoint_every": 20}
     execute(EXPERIMENT, settings(tmp_path / "whole", **changes))
-    flags = ("--methods", "cast", "--seeds", "1", "--steps", "400", "--checkpoint-every", "20")
+    flags = ("--methods", "cast", "--seeds", "1", "--steps", "200", "--checkpoint-every", "20")
     broken = tmp_path / "broken"
     process = subprocess.Popen(command("--out", broken, *flags), cwd=ROOT)
     try:
@@ -116,7 +116,7 @@ def test_a_run_killed_in_the_middle_resumes_to_the_same_numbers(out, tmp_path):
         int(p.name) for p in (killed / "trials/cast-lr0.003-seed0").iterdir() if p.name.isdigit()
     ]
     assert steps
-    assert max(steps) < 400
+    assert max(steps) < 200
     execute(EXPERIMENT, cli.parse(EXPERIMENT, ["--resume", str(killed)]))
     one, two = (
         [json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()]
