@@ -71,3 +71,38 @@ def test_errors_name_argument_and_range(unchecked):
         sj.cosine_drop(0, end=1, alpha=2.0)
     with pytest.raises(ValueError, match="end is 0"):
         sj.cosine_drop(0, end=0)
+
+
+def test_periodic_mask_decay_and_stepwise_patterns():
+    periodic = sj.Periodic(begin=10, end=30, freq=10)
+    got = [(float(periodic(t, 0.5)), bool(periodic.is_update(t))) for t in (9, 10, 15, 30, 40)]
+    assert got == [(0.0, False), (0.5, True), (0.5, False), (0.5, True), (0.5, False)]
+    linear, exponential = (
+        f(coef=0.25, start=2) for f in (sj.linear_mask_decay, sj.exponential_mask_decay)
+    )
+    np.testing.assert_allclose([linear(t) for t in (0, 2, 4, 9)], [1, 1, 0.5, 0])
+    np.testing.assert_allclose([exponential(t) for t in (0, 2, 4)], [1, 1, np.exp(-0.5)], rtol=1e-6)
+    phases = {"epochs": 12, "dense_epochs": 2, "fine_tune_epochs": 2}
+    assert sj.stepwise_nm(1, 8, kind="geometric", **phases) == (
+        (2, 8, 64), (4, 4, 32), (6, 2, 16), (8, 1, 8),
+    )  # fmt: skip
+    densify = sj.stepwise_nm(1, 8, kind="densify", frames=2, **phases)
+    assert densify == ((2, 1, 16), (6, 1, 8))
+    assert sj.stepwise_nm(4, 4, **phases) == ((2, 4, 4),)
+
+
+def test_errors_of_the_other_schedules(unchecked):
+    phases = {"epochs": 4, "dense_epochs": 1, "fine_tune_epochs": 1}
+    for wrong, message in [
+        ({"kind": "x"}, "kind is 'x'"),
+        ({"frames": 0}, "frames is 0"),
+        ({"epochs": 2}, "leave 0 to decay in"),
+        ({"n": 9}, "n is 9 and m is 8"),
+        ({"n": 3}, "the stepwise kind needs a power of two"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            sj.stepwise_nm(**({"n": 1, "m": 8} | phases | wrong))
+    with pytest.raises(ValueError, match=r"coef is -1\.0 and start 0"):
+        sj.linear_mask_decay(coef=-1.0)
+    with pytest.raises(ValueError, match="freq is 0"):
+        sj.Periodic(0, 1, 0)
