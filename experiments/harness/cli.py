@@ -14,6 +14,7 @@ from experiments.harness.config import (
     as_arguments,
     read_config,
 )
+from experiments.harness.run import InterruptedRunError, execute
 
 
 def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None:
@@ -22,16 +23,11 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None
     Exit status: 0, 2 for a mistake of the user (one line on stderr), 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    # heavy imports only after the arguments are known to be good
     try:
-        config = parse(experiment, arguments)
-        from experiments.harness.run import InterruptedRunError, execute
-
-        try:
-            execute(experiment, config)
-        except InterruptedRunError as stopped:
-            print(f"\n{stopped}", file=sys.stderr)
-            sys.exit(130)
+        execute(experiment, parse(experiment, arguments))
+    except InterruptedRunError as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
