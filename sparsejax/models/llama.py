@@ -19,9 +19,17 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from sparsejax.core.selection import path_name
+from sparsejax.models.attention import causal_attention
+from sparsejax.models.blocks import (
+    decode_blocks,
+    matrix_dot_general,
+    put_block,
+    run_blocks,
+    take_block,
+)
 from sparsejax.models.decoding import DType, KVCache, check_cache, write_layer
 from sparsejax.models.llama_config import LlamaConfig, require
 
@@ -66,33 +74,6 @@ def _rotate(x: Float[Array, "b t heads width"], rope: Rope) -> Float[Array, "b t
     return rotated.astype(x.dtype)
 
 
-def _visible(
-    queries: Int[Array, "t"], keys: Int[Array, "s"], window: int | None
-) -> Bool[Array, "t s"]:
-    distance = queries[:, None] - keys[None, :]
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-
-
-def _attend(
-    q: Float[Array, "b t heads width"],
-    k: Float[Array, "b s kv_heads width"],
-    v: Float[Array, "b s kv_heads width"],
-    visible: Bool[Array, "t s"],
-) -> Float[Array, "b t heads width"]:
-    """Softmax attention; query head h reads key head `h // (heads / kv_heads)`."""
-    b, t, heads, width = q.shape
-    grouped = q.reshape(b, t, k.shape[2], heads // k.shape[2], width)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible, scores * width**-0.5, jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    # The sum divides the output, not the weights: s / width times fewer divisions.
-    total = jnp.einsum("bkgts->btkg", weights)[..., None]
-    out = jnp.einsum(
-        "bkgts,bskd->btkgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
-    return (out / total).reshape(q.shape).astype(q.dtype)
-
-
 def _kernel_init(key: PRNGKeyArray, shape: tuple[int, ...], dtype) -> Array:
     return jax.random.normal(key, shape, dtype) * jnp.asarray(shape[-2] ** -0.5, dtype)
 
@@ -111,15 +92,6 @@ class RMSNorm(nnx.Module):
         return (wide * inverse * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
-def _matrix_dot_general(x: Array, kernel: Array, dimensions=None, **options) -> Array:
-    """`x @ kernel` over a flattened batch; `dimensions` is what nnx.Linear passes, always the same.
-
-    XLA's CPU backend takes three times as long over the kernel's gradient if tokens span two axes.
-    """
-    flat = lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
-    return flat.reshape(*x.shape[:-1], kernel.shape[1])
-
-
 def _linear(config: LlamaConfig, size_in: int, size_out: int, rngs: nnx.Rngs, **options):
     return nnx.Linear(
         size_in,
@@ -128,7 +100,7 @@ def _linear(config: LlamaConfig, size_in: int, size_out: int, rngs: nnx.Rngs, **
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
         kernel_init=_kernel_init,
-        dot_general=_matrix_dot_general,
+        dot_general=matrix_dot_general,
         rngs=rngs,
         **options,
     )
@@ -167,8 +139,8 @@ class Attention(nnx.Module):
         """Attention among the tokens of `x`; `rope` as from `rope_tables`."""
         q, k, v = self.project(x, rope)
         order = jnp.arange(x.shape[1])
-        out = _attend(q, k, v, _visible(order, order, self.config.sliding_window))
-        return self.o_proj(out.reshape(*x.shape[:2], -1))
+        out = causal_attention(q, k, v, order, self.config.sliding_window, aligned=True)
+        return self.o_proj(out.reshape(*x.shape[:2], -1).astype(x.dtype))
 
     def decode(
         self, x: Float[Array, "b t d"], rope: Rope, cache: KVCache, layer: Int[Array, ""]
@@ -177,10 +149,9 @@ class Attention(nnx.Module):
         q, k, v = self.project(x, rope)
         cache, k, v = write_layer(cache, layer, k, v)
         queries = cache.length + jnp.arange(x.shape[1], dtype=jnp.int32)
-        slots = jnp.arange(k.shape[1], dtype=jnp.int32)
-        visible = _visible(queries, slots, self.config.sliding_window)
-        out = _attend(q, k.astype(x.dtype), v.astype(x.dtype), visible)
-        return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
+        k, v = k.astype(x.dtype), v.astype(x.dtype)
+        out = causal_attention(q, k, v, queries, self.config.sliding_window, aligned=False)
+        return self.o_proj(out.reshape(*x.shape[:2], -1).astype(x.dtype)), cache
 
 
 class FeedForward(nnx.Module):
@@ -285,17 +256,7 @@ class Llama(nnx.Module):
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
         rope = rope_tables(self.config, positions)
-        graphdef, stacked = nnx.split(self.blocks)
-
-        def body(x, params):
-            return nnx.merge(graphdef, params)(x, rope), None
-
-        # Stacking every residual makes a training step on CPU 1.6 times as slow, and takes memory
-        # anywhere; without `remat` the outputs of the projections alone are kept.
-        keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        # The loop's boundary already keeps XLA from merging the two forward passes.
-        body = jax.checkpoint(body, prevent_cse=False, policy=None if self.config.remat else keep)
-        x, _ = lax.scan(body, self.embedded(tokens), stacked)
+        x = run_blocks(self.blocks, self.embedded(tokens), rope, remat=self.config.remat)
         return self.norm(x)
 
     def embedded(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
@@ -307,7 +268,7 @@ class Llama(nnx.Module):
         if not self.config.tie_embeddings:
             return self.head(hidden)
         table = self.embed.embedding[...].astype(hidden.dtype)
-        return _matrix_dot_general(hidden, table.T, preferred_element_type=jnp.float32)
+        return matrix_dot_general(hidden, table.T, preferred_element_type=jnp.float32)
 
     def decode(
         self, tokens: Int[Array, "b t"], cache: KVCache, *, last_only: bool = False
@@ -325,35 +286,17 @@ class Llama(nnx.Module):
         room, end = cache.k.shape[2], cache.length + tokens.shape[1]
         positions = cache.length + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         rope = rope_tables(self.config, positions)
-        graphdef, stacked = nnx.split(self.blocks)
-
-        def body(carry, params):
-            # The caches are carried, not scanned over, so that XLA updates them in place.
-            x, cache, layer = carry
-            x, cache = nnx.merge(graphdef, params).decode(x, rope, cache, layer)
-            return (x, cache, layer + 1), None
-
-        carry = (self.embedded(tokens), cache, jnp.zeros((), jnp.int32))
-        (x, cache, _), _ = lax.scan(body, carry, stacked)
+        x, cache = decode_blocks(self.blocks, self.embedded(tokens), cache, rope)
         x = jnp.where(end > room, jnp.nan, x[:, -1:] if last_only else x)
         return self.logits(self.norm(x)), cache._replace(length=end)
 
     def block(self, i: int) -> DecoderBlock:
         """A standalone copy of block `i`. Raises ValueError if there is none."""
-        self._check_layer(i)
-        graphdef, stacked = nnx.split(self.blocks)
-        return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[i], stacked))
+        return take_block(self.blocks, i, self.config.n_layers)
 
     def set_block(self, i: int, block: DecoderBlock) -> None:
         """Writes the parameters of `block` into block `i`. Raises ValueError if there is none."""
-        self._check_layer(i)
-        stacked = nnx.state(self.blocks)
-        written = jax.tree.map(lambda s, p: s.at[i].set(p), stacked, nnx.state(block))
-        nnx.update(self.blocks, written)
-
-    def _check_layer(self, i: int) -> None:
-        last = self.config.n_layers - 1
-        require(0 <= i <= last, f"i is {i}; this model has blocks 0 to {last}.")
+        put_block(self.blocks, i, block, self.config.n_layers)
 
 
 LOGICAL_AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -368,6 +311,11 @@ LOGICAL_AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         **{f"{name}/bias": ("kv",) for name in ("k_proj", "v_proj")},
         **{f"{name}/kernel": ("embed", "mlp") for name in ("gate_proj", "up_proj")},
         **{f"{name}/scale": ("embed",) for name in ("norm", "attention_norm", "ffn_norm")},
+        # Of Gpt alone:
+        "positions/embedding": ("positions", "embed"),
+        "up_proj/bias": ("mlp",),
+        **{f"{name}/bias": ("embed",) for name in ("o_proj", "down_proj")},
+        **{f"{name}/bias": ("embed",) for name in ("norm", "attention_norm", "ffn_norm")},
     }
 )
 """What each axis of a parameter means, by the end of its path; the stack puts `layers` in front."""
@@ -381,13 +329,13 @@ DEFAULT_RULES: Mapping[str, str | None] = MappingProxyType(
 def logical_axes(path: str, ndim: int) -> tuple[str, ...]:
     """Names of the axes of the parameter at `path`, for example `("layers", "embed", "heads")`.
 
-    Only the last two parts of `path` count. Raises ValueError if `Llama` has no such parameter or
-    it has neither `ndim` axes nor, without the layer axis, one fewer.
+    Only the last two parts of `path` count. Raises ValueError if neither `Llama` nor `Gpt` has such
+    a parameter or it has neither `ndim` axes nor, without the layer axis, one fewer.
     """
     names = LOGICAL_AXES.get("/".join(path.split("/")[-2:]))
     require(
         names is not None,
-        f"path is {path!r}; the parameters of Llama end in {', '.join(LOGICAL_AXES)}.",
+        f"path is {path!r}; the parameters of Llama and Gpt end in {', '.join(LOGICAL_AXES)}.",
     )
     names = cast(tuple[str, ...], names)
     extra = ndim - len(names)
@@ -402,7 +350,7 @@ def param_specs(
 
     params: `nnx.split(model)[1]`, its abstract twin, or any tree whose paths end as the
         parameters' do: a mask tree, one block, the state of an Adam. Scalars are replicated.
-    rules: logical axis (`vocab, embed, heads, kv, mlp, layers`) to mesh axis or axes.
+    rules: logical axis (`vocab, positions, embed, heads, kv, mlp, layers`) to mesh axis or axes.
 
     Raises ValueError for an unknown logical axis or parameter.
 
