@@ -20,8 +20,9 @@ from experiments.cast_llama.trials import best_rates, one_shot_trials, train_met
 from experiments.harness.cli import main
 from experiments.harness.config import Experiment, Result
 from experiments.harness.data import validation_windows
-from experiments.harness.language import dense_model, model_config
+from experiments.harness.language import model_config
 from experiments.harness.perplexity import make_perplexity
+from experiments.harness.pretrained import evaluation_batch, is_pretrained, language_model
 from experiments.harness.run import Run
 from experiments.harness.sharding import check_groups, make_mesh
 from sparsejax.models import Llama, parameter_count
@@ -30,19 +31,25 @@ from sparsejax.models import Llama, parameter_count
 def run(config: Config, run: Run) -> Result:
     """Trains the dense model and every method, and compares their perplexities."""
     mesh = make_mesh(config.mesh)
-    model = dense_model(run, config, mesh, slug=SLUG)
+    model = language_model(run, config, mesh, slug=SLUG)
     if mesh is not None:
         masks = magnitude_masks(model.params, config)
         check_groups(model.shardings(model.params), masks, config.nm, mesh)
     windows = validation_windows(model.text.validation, config.seq_len)
-    perplexity = make_perplexity(model.logits)
+    windows = windows[: config.eval_windows or None]
+    batch = evaluation_batch(model, config.seq_len)
+    perplexity = make_perplexity(model.logits, batch=batch)
     dense = perplexity(model.params, windows)
-    run.show(f"dense model: {parameter_count(model.config):,} parameters, perplexity {dense:.3f}")
-    trials = one_shot_trials(config, run, model, perplexity, windows)
+    run.show(
+        f"dense model {model.tokenizer.name if is_pretrained(config.model) else config.model}: "
+        f"{parameter_count(model.config):,} parameters, perplexity {dense:.3f}"
+    )
+    once = one_shot_trials(config, run, model, perplexity, windows)
+    trials = [once[name] for name in config.methods if name in once]
     methods = build_methods(config)
-    for name in config.methods:
-        if name in methods:
-            trials += train_method(config, run, model, name, methods[name], perplexity, windows)
+    for name in [n for n in config.methods if n in methods]:
+        begin = once.get(methods[name].begin or "")
+        trials += train_method(config, run, model, name, methods[name], begin, perplexity, windows)
     best = best_rates(trials)
     print_table(run, config, dense, trials, best)
     draw(config, run, trials, best)
@@ -80,7 +87,8 @@ def check(config: Config) -> list[str]:
     init, step = make_trainer(
         config, build_methods(config)["cast"], lambda p, tokens: nnx.merge(graph, p)(tokens)
     )
-    state = jax.eval_shape(init, params)
+    masks = jax.eval_shape(lambda p: magnitude_masks(p, config), params)
+    state = jax.eval_shape(lambda p, m: init(p, m, 0), params, masks)
     windows = jax.ShapeDtypeStruct((config.batch, config.seq_len + 1), jnp.int32)
     after, metrics = jax.eval_shape(
         step, state, windows, params, jax.ShapeDtypeStruct((), jnp.float32)

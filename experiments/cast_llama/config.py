@@ -8,15 +8,20 @@ from experiments.harness.language import LanguageConfig
 
 SLUG = "cast_llama"
 PROJECTIONS = r"_proj/kernel$"
-ONE_SHOT = ("magnitude", "wanda")
-TRAINED = ("dense", "naive", "srste", "ast", "cast")
+ONE_SHOT = ("magnitude", "wanda", "sparsegpt")
+TRAINED = ("dense", "naive", "srste", "ast", "maskllm", "cast")
+RETRAINED = {"wanda_retrained": "wanda", "sparsegpt_retrained": "sparsegpt"}
 LABELS = {
     "magnitude": "magnitude, one-shot",
     "wanda": "Wanda, one-shot",
+    "sparsegpt": "SparseGPT, one-shot",
     "dense": "dense, trained on",
     "naive": "fixed mask + teacher",
+    "wanda_retrained": "Wanda, then trained + teacher",
+    "sparsegpt_retrained": "SparseGPT, then trained + teacher",
     "srste": "SR-STE",
     "ast": "AST",
+    "maskllm": "MaskLLM",
     "cast": "CAST",
 }
 
@@ -26,7 +31,8 @@ class Config(LanguageConfig):
     """Settings of `python -m experiments.cast_llama`."""
 
     methods: tuple[str, ...] = (*ONE_SHOT, *TRAINED)
-    """Which methods to run."""
+    """Which methods to run; wanda_retrained and sparsegpt_retrained train on what those gave, with
+    the mask held."""
     pattern: str = "2:4"
     """Kept and group size along the inputs of every projection."""
     steps: int = 600
@@ -45,8 +51,12 @@ class Config(LanguageConfig):
     """SR-STE's pull on pruned weights."""
     ast_decay: float = 1e-4
     """AST's pull on pruned weights at its height."""
+    maskllm_kappa: tuple[float, float] = (100.0, 500.0)
+    """What MaskLLM's logits are multiplied by, at the first step and at the last."""
+    maskllm_tau: tuple[float, float] = (4.0, 0.05)
+    """Temperature of MaskLLM's masks, likewise."""
     calibration: int = 128
-    """Training windows that Wanda sees."""
+    """Training windows that Wanda and SparseGPT see."""
     force: bool = False
     """Run CAST even where its learning rate cannot bring the masked weights to zero."""
 
@@ -59,6 +69,10 @@ class Config(LanguageConfig):
         unknown = [name for name in self.methods if name not in LABELS]
         if unknown or not self.methods:
             raise ExperimentError(f"methods are {self.methods}; known are {', '.join(LABELS)}")
+        if "maskllm" in self.methods and self.pattern != "2:4":
+            raise ExperimentError(
+                f"pattern is {self.pattern}; MaskLLM knows 2:4 alone: leave maskllm out of methods"
+            )
         if self.steps < 1 or self.calibration < 1:
             raise ExperimentError(
                 f"steps is {self.steps} and calibration {self.calibration}; both must be positive"
@@ -87,6 +101,22 @@ PRESETS = {
         checkpoint_every=10,
         log_every=5,
         force=True,
+    ),
+    "pretrained": Config(
+        preset="pretrained",
+        model="smollm2",
+        seeds=1,
+        batch=1,
+        seq_len=511,
+        steps=1200,
+        learning_rates=(2.5e-4,),
+        schedule="wsd",
+        l1_decay=1e-4,
+        methods=(*ONE_SHOT, "cast", "naive", "sparsegpt_retrained"),
+        calibration=32,
+        eval_windows=24,
+        log_every=50,
+        checkpoint_every=150,
     ),
     "paper": Config(
         preset="paper",

@@ -12,9 +12,9 @@ from experiments.cast_llama.config import LABELS, ONE_SHOT, TRAINED, Config
 from experiments.cast_llama.trials import Trial, mean_after
 from experiments.harness.checkpoints import Checkpoints
 from experiments.harness.config import Claim
-from experiments.harness.data import get_tokenizer
 from experiments.harness.language import LanguageModel
 from experiments.harness.plots import COLORS, draw_curves, new_figure, save
+from experiments.harness.pretrained import export, is_pretrained
 from experiments.harness.progress import make_table, mean_and_deviation
 from experiments.harness.run import Run
 from sparsejax import weights
@@ -171,7 +171,10 @@ def smooth(values: list[float], width: int = 5) -> list[float]:
 def save_models(
     config: Config, run: Run, model: LanguageModel, best: dict[str, list[Trial]]
 ) -> dict[str, int]:
-    """Stores the best sparse model as a checkpoint and compressed; returns sizes in bytes."""
+    """Stores the best sparse model as a checkpoint and compressed; returns sizes in bytes.
+
+    A model that was loaded becomes a Hugging Face directory too.
+    """
     sparse = {name: found for name, found in best.items() if name != "dense"}
     if not sparse:
         return {}
@@ -184,7 +187,9 @@ def save_models(
     checkpoints.close()
     if not run.is_main or jax.process_count() > 1:
         return {}
-    path = run.folder / "sparse_model.npz"
+    if is_pretrained(config.model):
+        export(run.folder / "hf_model", nnx.merge(model.graph, chosen.params), model.tokenizer)
+    path = run.folder / "sparse_model.safetensors"
     sizes = weights.save_compact(path, chosen.params, chosen.masks)
     card = sj.summarize(chosen.params, chosen.masks)
     run.show(
@@ -204,7 +209,7 @@ def print_samples(
     if not sparse or model.mesh is not None:
         return
     found = sparse.get("cast") or min(sparse.values(), key=mean_after)
-    tokenizer = get_tokenizer(model.text.tokenizer)
+    tokenizer = model.tokenizer
     given = config.seq_len // 2
     starts = np.linspace(0, len(model.text.validation) - given - 1, 5).astype(int)[1:4]
     prompts = np.stack([model.text.validation[s : s + given] for s in starts]).astype(np.int32)

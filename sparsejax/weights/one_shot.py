@@ -1,4 +1,4 @@
-"""Pruning a trained layer at once: magnitude and Wanda, with the statistics they need.
+"""Pruning a trained layer at once: magnitude and Wanda, and the statistics that pruning needs.
 
 Kernels are `[in, out]`. "Sparsity" is the share of pruned weights, a mask is True where a weight
 stays. Wanda ranks the inputs of every output by themselves, magnitude ranks a whole matrix.
@@ -36,9 +36,8 @@ def activation_stats(x: Float[Array, "s t i"]) -> ActivationStats:
 
     Source: DSnoT (2024), code: sums are per sequence, not per token.
     """
+    _check_samples(x)
     sequences, tokens, _ = x.shape
-    if not sequences or not tokens:
-        raise ValueError(f"x has shape {x.shape}: there are no calibration samples")
     wide = widen(x)
     return ActivationStats(
         sum_sq=jnp.sum(wide * wide, axis=(0, 1)) / sequences,
@@ -67,6 +66,41 @@ def merge_stats(a: ActivationStats, b: ActivationStats) -> ActivationStats:
     )
 
 
+class Hessian(NamedTuple):
+    """Second moments of a layer's inputs, the Hessian of its squared error, in float32."""
+
+    value: Float[Array, "i i"]  # 2 X^T X, per sequence
+    n_seq: int
+
+
+def hessian(x: Float[Array, "s t i"]) -> Hessian:
+    """`2/s` times the sum of the outer products of all inputs with themselves.
+
+    Args:
+      x: s sequences of t tokens of i inputs.
+
+    Raises:
+      ValueError: no sequences or no tokens.
+
+    Source: Frantar & Alistarh, SparseGPT (2023), code; no damping yet.
+    """
+    _check_samples(x)
+    rows = widen(x).reshape(-1, x.shape[-1])
+    return Hessian(2 * (rows.T @ rows) / x.shape[0], x.shape[0])
+
+
+def merge_hessian(a: Hessian, b: Hessian) -> Hessian:
+    """The Hessian of two sets of sequences together.
+
+    Raises:
+      ValueError: Hessians of layers of different width.
+    """
+    if a.value.shape != b.value.shape:
+        raise ValueError(f"a has {a.value.shape[0]} inputs, b has {b.value.shape[0]}")
+    sequences = a.n_seq + b.n_seq
+    return Hessian((a.value * a.n_seq + b.value * b.n_seq) / sequences, sequences)
+
+
 def magnitude_mask(
     w: Float[Array, "i o"],
     *,
@@ -87,7 +121,7 @@ def magnitude_mask(
     Raises:
       ValueError: not exactly one of sparsity and pattern, or a sparsity outside [0, 1).
     """
-    _check_choice(sparsity, pattern)
+    check_choice(sparsity, pattern)
     # float32 at least, so that bfloat16 magnitudes do not tie
     score = magnitude(w)
     if pattern is not None:
@@ -126,20 +160,57 @@ def wanda_mask(
     >>> wanda_mask(jnp.asarray([[3.0], [1.0]]), stats, sparsity=0.5)[:, 0]
     Array([False,  True], dtype=bool)
     """
-    _check_choice(sparsity, pattern)
-    if stats.sum_sq.shape != w.shape[:1]:
-        raise ValueError(f"stats are of {stats.sum_sq.shape[0]} inputs, w has {w.shape[0]}")
-    score = wanda_score(w, jnp.sqrt(stats.sum_sq))
+    check_choice(sparsity, pattern)
+    check_width(w, stats)
+    return rank_inputs(wanda_score(w, jnp.sqrt(stats.sum_sq)), sparsity, pattern)
+
+
+def rank_inputs(
+    score: Float[Array, "i o"], sparsity: float | None, pattern: NM | None
+) -> Bool[Array, "i o"]:
+    """Prunes, for every output by itself, the inputs with the smallest score.
+
+    Args:
+      score: of each weight. sparsity, pattern: one of them, as in `wanda_mask`.
+    """
     if pattern is not None:
         return nm_mask(
             score, pattern.n, pattern.m, axis=pattern.axis, stride=pattern.stride, ties="last"
         )
-    return ~exact_topk_mask(-score, int(w.shape[0] * sparsity), axis=0)  # type: ignore[operator]
+    return ~exact_topk_mask(-score, int(score.shape[0] * sparsity), axis=0)  # type: ignore[operator]
 
 
-def _check_choice(sparsity: float | None, pattern: NM | None) -> None:
+def check_width(w: Array, stats: ActivationStats) -> None:
+    """Refuses statistics of a layer with another number of inputs."""
+    if stats.sum_sq.shape != w.shape[:1]:
+        raise ValueError(f"stats are of {stats.sum_sq.shape[0]} inputs, w has {w.shape[0]}")
+
+
+def check_choice(sparsity: float | None, pattern: NM | None) -> None:
+    """Refuses anything but one of the two, and a share outside [0, 1)."""
     if (sparsity is None) == (pattern is None):
         given = "neither" if sparsity is None else "both"
         raise ValueError(f"exactly one of sparsity and pattern is needed, {given} given")
     if sparsity is not None and not 0 <= sparsity < 1:
         raise ValueError(f"sparsity is {sparsity}; it must be in [0, 1)")
+
+
+def check_groups(w: Array, pattern: NM | None) -> None:
+    """Refuses a pattern whose groups are not consecutive inputs of one output.
+
+    SparseGPT prunes a group when its elimination comes to it, DSnoT swaps inside one.
+    """
+    if pattern is None:
+        return
+    if pattern.axis not in (-2, 0) or pattern.stride != 1:
+        raise ValueError(
+            f"pattern has axis {pattern.axis} and stride {pattern.stride}; its groups must be "
+            "consecutive inputs (axis -2, stride 1)"
+        )
+    if w.shape[0] % pattern.m:
+        raise ValueError(f"w has {w.shape[0]} inputs, not a multiple of m = {pattern.m}")
+
+
+def _check_samples(x: Array) -> None:
+    if not x.shape[0] or not x.shape[1]:
+        raise ValueError(f"x has shape {x.shape}: there are no calibration samples")

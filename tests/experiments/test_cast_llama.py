@@ -79,7 +79,7 @@ def test_the_whole_experiment(out, capsys):
     assert all(1 < value < 200 for values in perplexities.values() for value in values)
     sizes = summary["metrics"]["files"]
     assert sizes["file"] < 0.65 * sizes["dense"]
-    sparse = load_compact(folder / "sparse_model.npz")
+    sparse = load_compact(folder / "sparse_model.safetensors")
     kernels = [w for path, w in sparse.items() if path.endswith("_proj/kernel")]
     assert len(kernels) == 7
     for kernel in kernels:
@@ -125,7 +125,7 @@ def test_a_run_killed_in_the_middle_resumes_to_the_same_numbers(out, tmp_path):
     assert one == two
     first, second = (json.loads((f / "summary.json").read_text()) for f in (killed, whole))
     assert first["metrics"]["perplexity"] == second["metrics"]["perplexity"]
-    a, b = (load_compact(f / "sparse_model.npz") for f in (killed, whole))
+    a, b = (load_compact(f / "sparse_model.safetensors") for f in (killed, whole))
     assert a.keys() == b.keys()
     for path in a:
         np.testing.assert_array_equal(a[path], b[path])

@@ -1,18 +1,11 @@
-"""Storage: the compressed 2:4 form, and files that come back whole or are refused."""
+"""The compressed N:M form: exact, in the stated layout, through every transformation of JAX."""
 
 import dataclasses
-import io
-import json
-import os
-import stat
-import tracemalloc
-import zipfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -46,7 +39,7 @@ def two_of_four(shape=(16, 8), axis=-2, key=0):
     return jnp.where(sj.NM(2, 4, axis=axis).mask(jnp.abs(w)), w, 0)
 
 
-# the compressed form
+# 2:4
 
 
 @settings(max_examples=60, deadline=None)
@@ -147,329 +140,140 @@ def test_compression_refuses_what_is_not_2to4():
         weights.unpack_indices(packed, 1, axis=5)
 
 
-# files
+# any n:m
+
+NMS = [
+    (sj.NM(2, 4), (16, 8)),
+    (sj.NM(1, 4, axis=-1), (4, 8)),
+    (sj.NM(3, 5, axis=1), (2, 10, 3)),
+    (sj.NM(2, 4, axis=-1, stride=3), (2, 24)),
+    (sj.NM(1, 1), (3, 2)),
+    (sj.NM(4, 4), (8, 3)),
+    (sj.NM(2, 4, axis=None), (2, 6)),
+    (sj.NM(7, 16), (2, 32, 3)),
+    (sj.NM(20, 40), (40, 3)),
+    (sj.NM(3, 256, axis=0), (512, 2)),
+]
+BITS = {"float32": "i4", "bfloat16": "i2", "float16": "i2", "float8_e4m3fn": "i1", "float64": "i8"}
 
 
-def model():
-    w, v, u = jax.random.normal(jax.random.key(0), (3, 16, 8))
-    params = {
-        "two": {"kernel": w, "bias": w[0]},
-        "four": {"kernel": v.astype(jnp.bfloat16)},
-        "stack": {"kernel": jnp.stack([w, u])},
-        "free": {"kernel": u, "norm": jnp.zeros((), jnp.bfloat16)},
-        "steps": {"count": jnp.arange(3)},
-    }
-    scores = sj.magnitude(params)
-    masks = sj.make_masks(scores, pattern=sj.NM(2, 4), where="(two|stack)/kernel")
-    masks["four"] = sj.make_masks(scores["four"], pattern=sj.NM(4, 8))
-    masks["free"] = sj.make_masks(scores["free"], 0.3)
-    return sj.apply_masks(params, masks), masks
+def bits(x):
+    return np.asarray(x).view(BITS[str(x.dtype)])
 
 
-def flat(params):
-    return dict(sj.named_leaves(params))
+@pytest.mark.parametrize(("pattern", "shape"), NMS, ids=lambda v: str(v))
+def test_every_pattern_comes_back_bit_for_bit(pattern, shape):
+    rng = np.random.default_rng(0)
+    for dtype in ("float32", "bfloat16"):
+        w = jnp.asarray(rng.normal(size=shape), dtype)
+        mask = pattern.mask(jnp.abs(w))
+        # zeros of both signs among what is kept, and groups that keep fewer than n
+        w = jnp.where(jnp.asarray(rng.random(shape) < 0.2), jnp.asarray(-0.0, dtype), w)
+        mask &= jnp.asarray(rng.random(shape) < 0.9)
+        w = jnp.where(mask, w, jnp.zeros((), dtype))
+        packed = weights.compress_nm(w, pattern, mask=mask)
+        assert packed.values.dtype == w.dtype
+        assert packed.values.size == w.size // pattern.m * pattern.n
+        assert (packed.n, packed.m, packed.stride) == (pattern.n, pattern.m, pattern.stride)
+        assert packed.pattern.mask(jnp.abs(w)).shape == w.shape
+        back = weights.decompress_nm(packed)
+        np.testing.assert_array_equal(bits(back), bits(w))
 
 
-def same_arrays(got, wanted):
-    assert got.keys() == wanted.keys()
-    for name, array in wanted.items():
-        assert got[name].dtype == array.dtype
-        np.testing.assert_array_equal(
-            np.asarray(got[name], np.float64), np.asarray(array, np.float64)
-        )
+@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn", "float64"])
+def test_every_float_comes_back_bit_for_bit(dtype, x64):
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)), dtype)
+    w = w.at[0, 0].set(jnp.nan).at[1, 0].set(-0.0)
+    mask = sj.nm_mask(jnp.abs(w).astype(jnp.float32), 2, 4).at[:4, 0].set(jnp.arange(4) < 2)
+    w = jnp.where(mask, w, jnp.zeros((), dtype))
+    packed = weights.compress_nm(w, sj.NM(2, 4), mask=mask)
+    assert packed.values.dtype == dtype
+    np.testing.assert_array_equal(bits(weights.decompress_nm(packed)), bits(w))
 
 
-def forms(path):
-    with np.load(path) as file:
-        header = json.loads(file["header"].tobytes())
-    return {name: entry["form"] for name, entry in header["leaves"].items()}
+def test_a_negative_zero_beside_what_is_kept_is_a_zero():
+    w = jnp.asarray([[-0.0, 1.0, -0.0, 2.0]])  # what a product with a mask leaves
+    packed = weights.compress_nm(w, sj.NM(2, 4, axis=-1))
+    np.testing.assert_array_equal(packed.values, [[1.0, 2.0]])
+    np.testing.assert_array_equal(weights.decompress_nm(packed), w)
 
 
-def test_a_file_gives_back_every_leaf(tmp_path):
-    params, masks = model()
-    path = tmp_path / "new" / "model.npz"
-    sizes = weights.save_compact(path, params, masks)
-    same_arrays(weights.load_compact(path), flat(params))
-    assert sizes["dense"] == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    assert sizes["file"] == path.stat().st_size
-    assert forms(path) == {
-        "two/kernel": "2:4",
-        "two/bias": "dense",
-        "four/kernel": "bitmask",
-        "stack/kernel": "2:4",
-        "free/kernel": "bitmask",
-        "free/norm": "dense",
-        "steps/count": "dense",
-    }
-    assert [p.name for p in path.parent.iterdir()] == ["model.npz"]
+@pytest.mark.parametrize("width", range(9))
+def test_positions_are_a_stream_of_bits_with_the_first_in_the_low_ones(width):
+    numbers = np.random.default_rng(width).integers(0, 2**width, (13, 3)).astype(np.uint8)
+    packed = weights.pack_indices(jnp.asarray(numbers), bits=width, axis=0)
+    assert packed.shape == (-(-13 * width // 8), 3)
+    for column in range(3):
+        whole = int.from_bytes(np.asarray(packed[:, column]).tobytes(), "little")
+        wanted = sum(int(number) << (width * i) for i, number in enumerate(numbers[:, column]))
+        assert whole == wanted
+    unpacked = weights.unpack_indices(packed, 13, axis=0, bits=width)
+    np.testing.assert_array_equal(unpacked, numbers)
 
 
-def test_a_sparse_file_is_smaller_and_takes_a_string_for_a_path(tmp_path):
-    w = two_of_four((256, 128)).astype(jnp.bfloat16)
-    sizes = weights.save_compact(str(tmp_path / "m.npz"), {"kernel": w}, {"kernel": w != 0})
-    assert sizes["dense"] == 2 * 256 * 128
-    assert sizes["file"] < 0.6 * sizes["dense"]
-    np.testing.assert_array_equal(weights.load_compact(str(tmp_path / "m.npz"))["kernel"], w)
+def test_bytes_of_a_pattern():
+    for (n, m), share in {(1, 4): 0.25 * 2 + 2 / 32, (4, 8): 0.5 * 2 + 12 / 64}.items():
+        pattern = sj.NM(n, m)
+        w = jnp.where(pattern.mask(jax.random.normal(jax.random.key(0), (64, 8))), 1.0, 0.0)
+        packed = weights.compress_nm(w.astype(jnp.bfloat16), pattern)
+        assert packed.nbytes == share * w.size
 
 
-def test_an_nnx_state_and_masks_wrapped_otherwise(tmp_path):
-    state = nnx.state(nnx.Linear(16, 8, rngs=nnx.Rngs(0)))
-    sparse, masks = weights.finish(state)
-    pure = nnx.to_pure_dict(masks)
-    weights.save_compact(tmp_path / "m.npz", sparse, pure)
-    loaded = weights.load_compact(tmp_path / "m.npz")
-    same_arrays(loaded, {"bias": sparse["bias"][...], "kernel": sparse["kernel"][...]})
-    assert forms(tmp_path / "m.npz") == {"bias": "dense", "kernel": "2:4"}
+def test_stacked_layers_pass_through_scan_and_vmap():
+    pattern = sj.NM(1, 4)
+    w = jax.random.normal(jax.random.key(0), (3, 16, 8))
+    w = jnp.where(pattern.mask(jnp.abs(w)), w, 0)
+    stack = weights.compress_nm(w, pattern)
+    single = weights.compress_nm(w[1], pattern)
+    np.testing.assert_array_equal(stack.packed[1], single.packed)
+    np.testing.assert_array_equal(weights.decompress_nm(stack), w)
+    mapped = jax.vmap(lambda layer: weights.compress_nm(layer, pattern))(w)
+    np.testing.assert_array_equal(weights.decompress_nm(mapped), w)  # also without a vmap around
+
+    def layer(x, compact):
+        return x @ weights.decompress_nm(compact) @ jnp.ones((8, 16)), None
+
+    @jax.jit
+    def through(x, stack):
+        return jax.lax.scan(layer, x, stack)[0]
+
+    x = jnp.ones((2, 16))
+    wanted = x
+    for i in range(3):
+        wanted = wanted @ w[i] @ jnp.ones((8, 16))
+    np.testing.assert_allclose(through(x, stack), wanted, rtol=1e-5)
+    # the gradient reaches each kept value from its own place, and no other
+    grad = jax.grad(lambda c: jnp.sum(w * weights.decompress_nm(c)), allow_int=True)(stack)
+    np.testing.assert_array_equal(grad.values, stack.values)
 
 
-def test_numpy_leaves_come_back_in_the_dtype_of_jax(tmp_path):
-    w = np.asfortranarray(np.asarray(two_of_four(), np.float64))
-    params = {"kernel": w, "other": np.asfortranarray(np.arange(6.0).reshape(2, 3))}
-    weights.save_compact(tmp_path / "m.npz", params, {"kernel": w != 0, "other": True})
-    loaded = weights.load_compact(tmp_path / "m.npz")
-    assert loaded["kernel"].dtype == jnp.float32
-    np.testing.assert_array_equal(loaded["kernel"], w)
-    np.testing.assert_array_equal(loaded["other"], params["other"])
+def test_compressing_a_sharded_weight_moves_nothing(mesh):
+    w = two_of_four((32, 8))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", "model"))
+    placed = jax.device_put(w, place)
+    packed = compress(placed)
+    np.testing.assert_array_equal(decompress(packed), w)
+    text = compress.lower(placed).compile().as_text()
+    assert not [op for op in ("all-gather", "all-to-all", "collective-permute") if op in text]
 
 
-def test_double_precision_empty_and_all_pruned_leaves(tmp_path, x64):
-    params = {
-        "kernel": two_of_four().astype(jnp.float64) / 3,
-        "empty": jnp.zeros((0, 4)),
-        "pruned": jnp.zeros((3, 5)),
-    }
-    masks = {"kernel": params["kernel"] != 0, "empty": jnp.ones((0, 4), bool)}
-    masks["pruned"] = jnp.zeros((3, 5), bool)
-    weights.save_compact(tmp_path / "m.npz", params, masks)
-    same_arrays(weights.load_compact(tmp_path / "m.npz"), params)
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    params, masks = model()
-    path = tmp_path / "model.npz"
-    weights.save_compact(path, params, masks)
-    before = path.read_bytes()
-
-    def half_a_write(file, **arrays):
-        file.write(b"PK half")
-        raise OSError("disk full")
-
-    def no_replace(source, target):
-        raise KeyboardInterrupt
-
-    for module, name, failure, error in (
-        (np, "savez", half_a_write, OSError),
-        (os, "replace", no_replace, KeyboardInterrupt),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, failure)
-            with pytest.raises(error):
-                weights.save_compact(path, params, masks)
-        assert path.read_bytes() == before
-        assert [p.name for p in tmp_path.iterdir()] == ["model.npz"]
-
-
-def test_saving_refuses_what_it_could_not_give_back(tmp_path):
-    params, masks = model()
-    path = tmp_path / "model.npz"
-    dense = {**params, "two": {**params["two"], "kernel": jnp.ones((16, 8))}}
-    with pytest.raises(ValueError, match="leaf 'two/kernel' has non-zeros outside its mask"):
-        weights.save_compact(path, dense, masks)
-    with pytest.raises(ValueError, match="masks do not have the structure"):
-        weights.save_compact(path, params, {"two": True})
-    same_name = {"a": {"b": jnp.ones(2)}, "a/b": jnp.ones(3)}
-    with pytest.raises(ValueError, match="two leaves are called 'a/b'"):
-        weights.save_compact(path, same_name, sj.dense_masks(same_name))
-    with pytest.raises(TypeError, match="leaf 'f' is no array but builtin_function"):
-        weights.save_compact(path, {"f": len}, {"f": True})
-    assert not list(tmp_path.iterdir())
-
-
-# files that somebody else wrote
-
-
-def npy(array=None, **header):
-    """An array file, with another header if one is given."""
-    stream = io.BytesIO()
-    if header:
-        np.lib.format.write_array_header_1_0(stream, header)
-        stream.write(b"\0" * 64)
-    else:
-        np.save(stream, array)
-    return stream.getvalue()
-
-
-def text(value):
-    return npy(np.frombuffer(json.dumps(value).encode(), np.uint8))
-
-
-@pytest.fixture
-def doctored(tmp_path):
-    """Writes a good file of one leaf of each form, with some members or entries changed."""
+def test_what_does_not_obey_the_pattern_is_refused(unchecked):
     w = two_of_four()
-    params = {"a": jnp.arange(6.0), "b": w, "c": jnp.arange(5.0)}
-    masks = {"a": jnp.asarray(True), "b": w != 0, "c": jnp.arange(5) > 0}
-    path = tmp_path / "hostile.npz"
-    weights.save_compact(path, params, masks)
-    with zipfile.ZipFile(path) as file:
-        good = {name: file.read(name) for name in file.namelist()}
-    header = json.loads(np.load(io.BytesIO(good["header.npy"])).tobytes())
-
-    def write(members=None, entries=None, compression=zipfile.ZIP_STORED, **fields):
-        new = json.loads(json.dumps(header))
-        for leaf, changes in (entries or {}).items():
-            new["leaves"][leaf].update(changes)
-        changed = {**good, "header.npy": text({**new, **fields}), **(members or {})}
-        with zipfile.ZipFile(path, "w", compression) as file:
-            for name, data in changed.items():
-                if data is not None:
-                    file.writestr(name, data)
-        return path
-
-    return write
-
-
-def refused(path, message):
-    """A `ValueError` that names the file, without much memory."""
-    tracemalloc.start()
-    try:
-        with pytest.raises(ValueError, match=message) as caught:
-            weights.load_compact(path)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert str(path) in str(caught.value)
-    assert peak < 4 * 2**20
-
-
-def test_a_repacked_file_is_still_good(doctored):
-    for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        loaded = weights.load_compact(doctored(compression=compression))
-        np.testing.assert_array_equal(loaded["a"], np.arange(6.0))
-        np.testing.assert_array_equal(loaded["c"], np.arange(5.0))
-
-
-def test_files_of_another_kind_are_refused(tmp_path, doctored):
-    path = doctored()
-    whole = path.read_bytes()
-    for content in (b"", b"PK\x03\x04", whole[: len(whole) // 2], whole[:-30], b"\x93NUMPY", b"{}"):
-        path.write_bytes(content)
-        refused(path, "is not a compact model file")
-    np.save(tmp_path / "array.npy", np.ones(3))
-    refused(tmp_path / "array.npy", "is not a compact model file: File is not a zip file")
-    np.savez(tmp_path / "other.npz", weights=np.ones(3))
-    refused(tmp_path / "other.npz", "is not a compact model file: .*header")
-    with pytest.raises(FileNotFoundError):
-        weights.load_compact(tmp_path / "none.npz")
-
-
-def test_a_flipped_byte_is_noticed(doctored):
-    path = doctored()
-    data = bytearray(path.read_bytes())
-    spot = data.index(np.arange(6, dtype=np.float32).tobytes())
-    data[spot + 5] ^= 1
-    path.write_bytes(data)
-    refused(path, "Bad CRC-32")
-
-
-@pytest.mark.parametrize(
-    ("header", "message"),
-    [
-        ([], "its header is not that of a model"),
-        ({"leaves": []}, "its header is not that of a model"),
-        ({"leaves": {}}, "its header names another format"),
-        ({"format": "sparsejax.compact", "version": 2, "leaves": {}}, "names another format"),
-        ({"format": "sparsejax.compact", "version": 1, "leaves": {"a": 3}}, "leaf 'a' is not des"),
-        ({"format": "sparsejax.compact", "version": 1, "leaves": {"a": {}}}, "'shape'"),
-    ],
-)
-def test_headers_are_checked(doctored, header, message):
-    refused(doctored({"header.npy": text(header)}), message)
-
-
-def test_headers_that_are_no_text_are_refused(doctored):
-    for content in (b"\xff\xfe", b"{", b"[" * 100_000):
-        member = npy(np.frombuffer(content, np.uint8))
-        refused(doctored({"header.npy": member}), "is not a compact model file")
-    refused(doctored({"header.npy": b"not an array"}), "is not a compact model file")
-
-
-@pytest.mark.parametrize(
-    ("entries", "message"),
-    [
-        ({"a": {"shape": [2**50]}}, r"leaf 'a': impossible shape \(1125899906842624,\)"),
-        ({"a": {"shape": [2**30]}}, r"leaf 'a': 6 values for shape \(1073741824,\)"),
-        ({"a": {"shape": [-6]}}, r"leaf 'a': impossible shape \(-6,\)"),
-        ({"a": {"shape": [7]}}, r"leaf 'a': 6 values for shape \(7,\)"),
-        ({"a": {"shape": [float("inf")]}}, "cannot convert float infinity"),
-        ({"a": {"shape": None}}, "'NoneType' object is not iterable"),
-        ({"a": {"dtype": "float64"}}, r"leaf 'a': 3 values for shape \(6,\)"),
-        ({"a": {"dtype": "object"}}, "is not a compact model file"),
-        ({"a": {"dtype": "nonsense"}}, "is not a compact model file"),
-        ({"b": {"shape": [2**30, 2]}}, "leaf 'b': values and positions do not fit shape"),
-        ({"b": {"shape": [8, 16]}}, "leaf 'b': values and positions do not fit shape"),
-        ({"b": {"shape": [128]}}, r"leaf 'b': shape \(128,\) cannot be 2:4"),
-        ({"b": {"form": "3:4"}}, "leaf 'b': unknown form '3:4'"),
-        ({"c": {"shape": [2**40]}}, "leaf 'c': the mask does not fit shape"),
-        ({"c": {"shape": [9]}}, "leaf 'c': the mask does not fit shape"),
-        ({"c": {"shape": [1]}}, "leaf 'c': 4 values, 0 in the mask"),
-    ],
-)
-def test_entries_are_checked_against_the_arrays(doctored, entries, message):
-    refused(doctored(entries=entries), message)
-
-
-@pytest.mark.parametrize(
-    ("name", "member", "message"),
-    [
-        ("0/values.npy", None, "There is no item named '0/values.npy'"),
-        ("0/values.npy", npy(np.array([{}, 1], object)), "is not a compact model file"),
-        ("0/values.npy", b"no array", "is not a compact model file"),
-        ("0/values.npy", npy(np.zeros(5, np.float32)), "leaf 'a': 5 values"),
-        (
-            "0/values.npy",
-            npy(descr="<f4", fortran_order=False, shape=(2**42,)),
-            r"0/values holds 16 values and claims shape \(4398046511104,\)",
-        ),
-        (
-            "header.npy",
-            npy(descr="|u1", fortran_order=False, shape=(2**45,)),
-            "header holds 64 values and claims shape",
-        ),
-        ("1/packed.npy", None, "There is no item named '1/packed.npy'"),
-        ("1/packed.npy", npy(np.zeros((2, 8), np.int8)), "leaf 'b': values and positions"),
-        ("1/packed.npy", npy(np.zeros((1, 8), np.uint8)), "leaf 'b': values and positions"),
-        ("2/packed.npy", npy(np.zeros(1, np.int8)), "leaf 'c': the mask does not fit"),
-        ("2/packed.npy", npy(np.full(1, 255, np.uint8)), "leaf 'c': 4 values, 5 in the mask"),
-    ],
-)
-def test_arrays_are_checked_against_their_claims(doctored, name, member, message):
-    refused(doctored({name: member}), message)
-
-
-def test_a_bomb_is_not_unpacked(doctored):
-    bomb = npy(np.zeros(2**24, np.float32))
-    path = doctored({"0/values.npy": bomb}, compression=zipfile.ZIP_DEFLATED)
-    del bomb
-    assert path.stat().st_size < 2**20
-    refused(path, "0/values claims more bytes than the file has")
-
-
-def test_no_code_in_a_file_is_run(doctored, tmp_path):
-    class Payload:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "owned"),)
-
-    member = npy(np.array([Payload()], object))
-    for name in ("header.npy", "0/values.npy"):
-        refused(doctored({name: member}), "is not a compact model file")
-    assert not (tmp_path / "owned").exists()
-
-
-def test_others_may_read_the_file(tmp_path):
-    old = os.umask(0o022)
-    try:
-        weights.save_compact(tmp_path / "m.npz", {"a": jnp.ones(2)}, {"a": True})
-    finally:
-        os.umask(old)
-    assert stat.S_IMODE((tmp_path / "m.npz").stat().st_mode) == 0o644
+    for pattern, mask, message in (
+        (sj.NM(1, 4), None, "groups of 4 hold more than 1 non-zeros: w is not 1:4"),
+        (sj.NM(2, 5), None, r"axis 0 of shape \(16, 8\) is 16 long; 5 must divide it"),
+        (sj.NM(2, 4, stride=3), None, r"is 16 long; m \* stride = 12 must divide it"),
+        (sj.NM(2, 512), None, "pattern is 2:512; m must be at most 256"),
+        (sj.NM(2, 4, axis=2), None, "axis is 2; an array of 2 axes has none such"),
+        (sj.NM(2, 5, axis=None), None, r"axis None of shape \(16, 8\) is 128 long; 5 must"),
+        (sj.NM(2, 4), jnp.ones((16, 8), bool), "groups of 4 hold more than 2 kept entries"),
+        (sj.NM(2, 4), jnp.zeros((16, 8), bool), "w has 64 non-zeros outside its mask"),
+        (sj.NM(2, 4), jnp.zeros((8, 16), bool), r"mask has shape \(8, 16\), w \(16, 8\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            weights.compress_nm(w, pattern, mask=mask)
+    with pytest.raises(TypeError, match="w must be floating point, not int32"):
+        weights.compress_nm(jnp.zeros((4, 4), jnp.int32), sj.NM(2, 4))
+    for bits in (-1, 9):
+        with pytest.raises(ValueError, match=f"bits is {bits}; it must be from 0 to 8"):
+            weights.pack_indices(jnp.zeros((4, 4), jnp.uint8), bits=bits)
