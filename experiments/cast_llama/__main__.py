@@ -17,12 +17,18 @@ from experiments.cast_llama.report import (
     save_models,
 )
 from experiments.cast_llama.trials import best_rates, one_shot_trials, train_method
+from experiments.cast_llama.uses import (
+    answer_questions,
+    chosen_trial,
+    load_questions,
+    measure_quantized,
+)
 from experiments.harness.cli import main
 from experiments.harness.config import Experiment, Result
 from experiments.harness.data import validation_windows
-from experiments.harness.language import model_config
+from experiments.harness.language import is_pretrained, model_config
 from experiments.harness.perplexity import make_perplexity
-from experiments.harness.pretrained import evaluation_batch, is_pretrained, language_model
+from experiments.harness.pretrained import evaluation_batch, language_model
 from experiments.harness.run import Run
 from experiments.harness.sharding import check_groups, make_mesh
 from sparsejax.models import Llama, parameter_count
@@ -30,7 +36,7 @@ from sparsejax.models import Llama, parameter_count
 
 def run(config: Config, run: Run) -> Result:
     """Trains the dense model and every method, and compares their perplexities."""
-    mesh = make_mesh(config.mesh)
+    mesh, questions = make_mesh(config.mesh), load_questions(config)
     model = language_model(run, config, mesh, slug=SLUG)
     if mesh is not None:
         masks = magnitude_masks(model.params, config)
@@ -53,15 +59,22 @@ def run(config: Config, run: Run) -> Result:
     best = best_rates(trials)
     print_table(run, config, dense, trials, best)
     draw(config, run, trials, best)
-    files = save_models(config, run, model, best)
-    if run.is_main:
-        print_samples(config, run, model, best)
+    chosen = chosen_trial(best)
+    files, quantized = {}, {}
+    if chosen is not None:
+        files = save_models(config, run, model, chosen)
+        if jax.process_count() == 1:
+            quantized = measure_quantized(config, run, chosen, perplexity, windows)
+            print_samples(config, run, model, chosen)
+    answers = answer_questions(config, run, model, best, questions)
     claims = make_claims(config, dense, trials, best)
     metrics = {
         "dense_perplexity": dense,
         "perplexity": {n: [t.after for t in found] for n, found in best.items()},
         "learning_rate": {n: found[0].peak for n, found in best.items()},
         "files": files,
+        "quantized": quantized,
+        "questions": answers,
     }
     card = sj.SparsityCard(
         what=sj.WhatIsSparse.WEIGHTS,

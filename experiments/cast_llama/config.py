@@ -5,6 +5,7 @@ import dataclasses
 import sparsejax as sj
 from experiments.harness.config import ExperimentError
 from experiments.harness.language import LanguageConfig
+from experiments.harness.multiple_choice import LAYOUTS
 
 SLUG = "cast_llama"
 PROJECTIONS = r"_proj/kernel$"
@@ -57,6 +58,13 @@ class Config(LanguageConfig):
     """Temperature of MaskLLM's masks, likewise."""
     calibration: int = 128
     """Training windows that Wanda and SparseGPT see."""
+    bits: tuple[int, ...] = (8, 4)
+    """The sparse model is also measured with its weights rounded to so many bits: 8, 4 or none."""
+    quantize_group: int = 32
+    """Inputs of an output that share a scale then."""
+    questions: tuple[str, ...] = ()
+    """Multiple-choice questions that the models answer without training, as LAYOUT=FILE.jsonl; the
+    layouts are hellaswag, arc, piqa, winogrande, openbookqa and race."""
     force: bool = False
     """Run CAST even where its learning rate cannot bring the masked weights to zero."""
 
@@ -69,6 +77,16 @@ class Config(LanguageConfig):
         unknown = [name for name in self.methods if name not in LABELS]
         if unknown or not self.methods:
             raise ExperimentError(f"methods are {self.methods}; known are {', '.join(LABELS)}")
+        if not set(self.bits) <= {4, 8} or self.quantize_group < 1:
+            raise ExperimentError(
+                f"bits are {self.bits} and quantize_group is {self.quantize_group}; bits are 8 or "
+                "4, groups positive"
+            )
+        unknown = [q for q in self.questions if q.partition("=")[0] not in LAYOUTS]
+        if unknown:
+            raise ExperimentError(
+                f"questions are {unknown}; give LAYOUT=FILE with one of {', '.join(LAYOUTS)}"
+            )
         if "maskllm" in self.methods and self.pattern != "2:4":
             raise ExperimentError(
                 f"pattern is {self.pattern}; MaskLLM knows 2:4 alone: leave maskllm out of methods"

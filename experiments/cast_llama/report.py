@@ -12,9 +12,9 @@ from experiments.cast_llama.config import LABELS, ONE_SHOT, TRAINED, Config
 from experiments.cast_llama.trials import Trial, mean_after
 from experiments.harness.checkpoints import Checkpoints
 from experiments.harness.config import Claim
-from experiments.harness.language import LanguageModel
+from experiments.harness.language import LanguageModel, is_pretrained
 from experiments.harness.plots import COLORS, draw_curves, new_figure, save
-from experiments.harness.pretrained import export, is_pretrained
+from experiments.harness.pretrained import export
 from experiments.harness.progress import make_table, mean_and_deviation
 from experiments.harness.run import Run
 from sparsejax import weights
@@ -168,18 +168,11 @@ def smooth(values: list[float], width: int = 5) -> list[float]:
     return [float(np.mean(values[max(0, i - width + 1) : i + 1])) for i in range(len(values))]
 
 
-def save_models(
-    config: Config, run: Run, model: LanguageModel, best: dict[str, list[Trial]]
-) -> dict[str, int]:
-    """Stores the best sparse model as a checkpoint and compressed; returns sizes in bytes.
+def save_models(config: Config, run: Run, model: LanguageModel, chosen: Trial) -> dict[str, int]:
+    """Stores a sparse model as a checkpoint and compressed; returns sizes in bytes.
 
     A model that was loaded becomes a Hugging Face directory too.
     """
-    sparse = {name: found for name, found in best.items() if name != "dense"}
-    if not sparse:
-        return {}
-    found = sparse.get("cast") or min(sparse.values(), key=mean_after)
-    chosen = min(found, key=lambda t: t.after)
     folder = run.folder / "sparse_model"
     checkpoints = Checkpoints(folder)
     if checkpoints.latest() is None:
@@ -201,25 +194,21 @@ def save_models(
     return sizes
 
 
-def print_samples(
-    config: Config, run: Run, model: LanguageModel, best: dict[str, list[Trial]]
-) -> None:
+def print_samples(config: Config, run: Run, model: LanguageModel, chosen: Trial) -> None:
     """A few greedy continuations of held-out text, dense and sparse side by side."""
-    sparse = {name: found for name, found in best.items() if name != "dense"}
-    if not sparse or model.mesh is not None:
+    if model.mesh is not None:
         return
-    found = sparse.get("cast") or min(sparse.values(), key=mean_after)
     tokenizer = model.tokenizer
-    given = config.seq_len // 2
+    given = min(32, config.seq_len // 2)
     starts = np.linspace(0, len(model.text.validation) - given - 1, 5).astype(int)[1:4]
     prompts = np.stack([model.text.validation[s : s + given] for s in starts]).astype(np.int32)
     columns = []
-    for params in (model.params, found[0].params):
+    for params in (model.params, chosen.params):
         lines = generate(nnx.merge(model.graph, params), jnp.asarray(prompts), max_new_tokens=given)
         columns.append([tokenizer.decode(np.asarray(line)[given:]) for line in lines])
     rows = [
         tuple(repr(text)[1:-1] for text in (tokenizer.decode(prompt), *texts))
         for prompt, *texts in zip(prompts, *columns)
     ]
-    header = ("held-out text", "dense goes on", f"{LABELS[found[0].method]} goes on")
+    header = ("held-out text", "dense goes on", f"{LABELS[chosen.method]} goes on")
     run.console.print(make_table("Greedy continuations", header, rows))

@@ -18,9 +18,9 @@ from experiments.cast_llama.methods import (
     magnitude_masks,
     make_trainer,
 )
-from experiments.harness.language import LanguageModel, rate_shape
+from experiments.harness.language import LanguageModel, is_pretrained, rate_shape
 from experiments.harness.perplexity import Perplexity
-from experiments.harness.pretrained import calibration_windows, is_pretrained
+from experiments.harness.pretrained import calibration_windows
 from experiments.harness.progress import layer_bar
 from experiments.harness.run import Run
 from experiments.harness.training import train

@@ -21,8 +21,7 @@ from experiments.dsnot.report import Found, arms_as_metrics, draw, make_claims, 
 from experiments.harness import digits
 from experiments.harness.cli import main
 from experiments.harness.config import Experiment, Result
-from experiments.harness.language import model_config
-from experiments.harness.pretrained import is_pretrained
+from experiments.harness.language import is_pretrained, model_config
 from experiments.harness.progress import training_bar
 from experiments.harness.run import Run
 from sparsejax import weights

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import sparsejax as sj
 from experiments.harness import digits
 from experiments.harness.config import ExperimentError
-from experiments.harness.language import LanguageConfig
+from experiments.harness.language import LanguageConfig, is_pretrained
 from sparsejax import weights
 
 SLUG = "dsnot"
@@ -73,6 +73,7 @@ class Config(LanguageConfig):
                       "calibration"),
             shares=("momentum",),
             known={"initial": tuple(LABELS)[:3]},
+            one_device=not is_pretrained(self.model),
         )  # fmt: skip
         if not self.sparsity or not all(0 < share < 1 for share in self.sparsity):
             raise ExperimentError(f"sparsity is {self.sparsity}; give shares between 0 and 1")

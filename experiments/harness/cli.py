@@ -74,11 +74,10 @@ def parse(experiment: Experiment, arguments: Sequence[str]) -> Any:
 
 
 def _default_preset(experiment: Experiment, arguments: Sequence[str]) -> str:
-    from sparsejax.models import LLAMA_SIZES
+    from experiments.harness.language import is_pretrained
 
-    model = _value_of(arguments, "--model")
-    loaded = model is not None and model not in LLAMA_SIZES
-    return "pretrained" if loaded and "pretrained" in experiment.presets else "laptop"
+    loaded = "pretrained" in experiment.presets and is_pretrained(_value_of(arguments, "--model"))
+    return "pretrained" if loaded else "laptop"
 
 
 def one_line(error: Exception) -> str:

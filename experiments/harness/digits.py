@@ -94,8 +94,9 @@ def check_settings(
     positive: Sequence[str] = (),
     shares: Sequence[str] = (),
     known: Mapping[str, Sequence[str]] | None = None,
+    one_device: bool = True,
 ) -> None:
-    """Refuses settings out of range, the batch and the device included.
+    """Refuses settings out of range, the batch included, and with `one_device` a mesh.
 
     Args:
       config: a `RunConfig` with a `batch`; a setting may be a value or a tuple of them, not empty.
@@ -107,7 +108,7 @@ def check_settings(
     """
     if not 1 <= config.batch <= TRAIN:
         raise ExperimentError(f"batch is {config.batch}; it must be from 1 to {TRAIN}")
-    if config.mesh is not None or config.multihost:
+    if one_device and (config.mesh is not None or config.multihost):
         raise ExperimentError("mesh and multihost are not for this experiment: it runs on 1 device")
     for name in (*positive, *shares, *(known or {})):
         given = getattr(config, name)

@@ -36,6 +36,11 @@ from sparsejax.models import LLAMA_SIZES, Llama, LlamaConfig, llama_config, para
 SMOLLM2 = "smollm2"
 
 
+def is_pretrained(name: str | None) -> bool:
+    """Whether a model's name is no size to train but a model to load."""
+    return name is not None and name not in LLAMA_SIZES
+
+
 @dataclasses.dataclass(frozen=True)
 class LanguageConfig(RunConfig):
     """Settings of an experiment on a language model."""

@@ -19,7 +19,13 @@ from experiments.harness.data import (
     corpus_from_files,
     tokenize,
 )
-from experiments.harness.language import SMOLLM2, LanguageConfig, LanguageModel, dense_model
+from experiments.harness.language import (
+    SMOLLM2,
+    LanguageConfig,
+    LanguageModel,
+    dense_model,
+    is_pretrained,
+)
 from experiments.harness.run import Run
 from sparsejax.models import LLAMA_SIZES, Llama, gguf_tokenizer, load_gguf, load_hf, save_hf
 
@@ -50,11 +56,6 @@ class PretrainedTokenizer:
         """The text, special tokens included."""
         ids = [int(token) for token in np.asarray(tokens).reshape(-1)]
         return self.inner.decode(ids, skip_special_tokens=False)
-
-
-def is_pretrained(name: str | None) -> bool:
-    """Whether a model's name is no size to train but a model to load."""
-    return name is not None and name not in LLAMA_SIZES
 
 
 def smollm2_file() -> pathlib.Path:

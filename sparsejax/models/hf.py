@@ -13,12 +13,14 @@ from typing import cast
 import numpy as np
 from jax.sharding import Mesh
 
+from sparsejax.core.safetensors_file import Entry, read_header, read_tensor, same_bytes
+from sparsejax.core.untrusted import listed, shown
 from sparsejax.models.decoding import DType
 from sparsejax.models.gpt import Gpt
 from sparsejax.models.gpt_config import GptConfig
 from sparsejax.models.hf_config import hf_config, layout_of
 from sparsejax.models.hf_fields import architecture
-from sparsejax.models.hf_files import inside, listed, plural, read_object, shown
+from sparsejax.models.hf_files import inside, plural, read_object
 from sparsejax.models.hf_gpt import GPT_ARCHITECTURE
 from sparsejax.models.hf_layout import Layout
 from sparsejax.models.hf_llama import LLAMA_ARCHITECTURES
@@ -26,9 +28,9 @@ from sparsejax.models.hf_tokenizer import check_tokenizer
 from sparsejax.models.llama import DEFAULT_RULES, Llama
 from sparsejax.models.llama_config import LlamaConfig
 from sparsejax.models.loading import CheckpointError, Rules, build_gpt, build_llama
-from sparsejax.models.safetensors_file import DTYPES, Entry, read_header, read_tensor, same_bytes
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = ("F32", "F16", "BF16")
 _CONFIG_LIMIT, _INDEX_LIMIT, _TOKENIZER_LIMIT = 1 << 20, 1 << 26, 1 << 27
 
 
@@ -135,18 +137,20 @@ def _entries(folder: Path, problems: list[str]) -> dict[str, Entry] | None:
     found: dict[str, Entry] = {}
     for name, promised in files.items():
         try:
-            file = inside(folder, name)
+            header = read_header(inside(folder, name))
+        except OSError as error:
+            problems.append(f"{name} cannot be read ({shown(str(error))})")
+            continue
         except ValueError as error:
             problems.append(f"{shown(name)} {error}")
             continue
-        header, wrong = read_header(file)
-        problems += [f"{name} {problem}" for problem in wrong]
-        if promised is not None and not wrong:
-            if absent := promised - set(header):
+        problems += [f"{name} {problem}" for problem in header.problems]
+        if promised is not None and not header.problems:
+            if absent := promised - set(header.tensors):
                 problems.append(f"{name} has no {listed(sorted(absent))}, against the index")
-            if unknown := set(header) - promised:
+            if unknown := set(header.tensors) - promised:
                 problems.append(f"{name} has {listed(sorted(unknown))}, against the index")
-        found |= header
+        found |= header.tensors
     return found if len(problems) == before else None
 
 
@@ -190,8 +194,8 @@ def _disagreements(layout: Layout, entries: Mapping[str, Entry]) -> list[str]:
         entry = entries.get(name)
         if entry is not None and entry.shape != shape:
             problems.append(f"{name} has the shape {entry.shape}; config.json makes it {shape}")
-        if entry is not None and entry.dtype not in DTYPES:
-            problems.append(f"{name} is {entry.dtype}; allowed are {', '.join(DTYPES)}")
+        if entry is not None and entry.dtype not in _DTYPES:
+            problems.append(f"{name} is {entry.dtype}; allowed are {', '.join(_DTYPES)}")
     for name, of in copies.items():
         try:
             if not same_bytes(entries[name], entries[of]):

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sparsejax.models.hf_files import is_size, shown
+from sparsejax.core.untrusted import is_size, shown
 from sparsejax.models.loading import CheckpointError
 
 MOST_POSITIONS = 2**31 - 1

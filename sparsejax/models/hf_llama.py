@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping
 from typing import Any, cast
 
+from sparsejax.core.untrusted import is_size, listed, shown
 from sparsejax.models.decoding import DType
 from sparsejax.models.hf_fields import MOST_POSITIONS, Fields, architecture
-from sparsejax.models.hf_files import is_size, listed, shown
 from sparsejax.models.hf_layout import Layout, Source
 from sparsejax.models.llama_config import LlamaConfig, RopeScaling
 from sparsejax.models.loading import CheckpointError

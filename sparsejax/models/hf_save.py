@@ -5,7 +5,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,17 @@ import jax
 import numpy as np
 from flax import nnx
 
+from sparsejax.core.safetensors_file import write_safetensors
 from sparsejax.core.selection import named_leaves
+from sparsejax.core.untrusted import listed, parse_object, shown
 from sparsejax.models.gpt import Gpt
 from sparsejax.models.hf import INDEX, WEIGHTS
 from sparsejax.models.hf_config import layout_of, to_hf_config
-from sparsejax.models.hf_files import listed, parse_object, shown
 from sparsejax.models.hf_layout import Layout
 from sparsejax.models.hf_tokenizer import check_tokenizer
 from sparsejax.models.llama import Llama
-from sparsejax.models.safetensors_file import shards, write_safetensors
+
+_METADATA = {"format": "pt"}  # Transformers asks for it
 
 
 def save_hf(
@@ -158,16 +160,30 @@ def _write_weights(
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
 
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in tensors.items()}
-    groups = shards(sizes, shard_bytes)
+    groups = _shards(sizes, shard_bytes)
     if len(groups) == 1:
-        write_safetensors(folder / WEIGHTS, tensors, fetch)
+        write_safetensors(folder / WEIGHTS, tensors, fetch, metadata=_METADATA)
         return {}
     where = {}
     for number, group in enumerate(groups, start=1):
         file = f"model-{number:05}-of-{len(groups):05}.safetensors"
-        write_safetensors(folder / file, {name: tensors[name] for name in group}, fetch)
+        part = {name: tensors[name] for name in group}
+        write_safetensors(folder / file, part, fetch, metadata=_METADATA)
         where |= dict.fromkeys(group, file)
     return {INDEX: {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}}
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> Sequence[list[str]]:
+    """Names in their order, in groups of at most `limit` bytes; a larger tensor stands alone."""
+    groups: list[list[str]] = []
+    filled = limit + 1
+    for name, size in sizes.items():
+        if filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    return groups
 
 
 def _write_text(path: Path, text: str) -> None:

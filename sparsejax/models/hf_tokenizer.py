@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sparsejax.models.hf_files import listed, shown
+from sparsejax.core.untrusted import listed, shown
 
 
 def check_tokenizer(tokenizer: Mapping[str, Any], vocab_size: int | None) -> None:

@@ -3,18 +3,16 @@
 The layout is that of safetensors (a length, a JSON header, raw arrays), which any reader of that
 format opens: a dense leaf lies under its own name, a sparse one as `<name>.values` beside
 `<name>.positions` (N:M) or `<name>.mask` (one bit an entry). How they fit together is JSON in the
-header's metadata. It is written and read here, without the safetensors package, because every
-claim of a file has to be checked before an array is made, whoever parses it.
+header's metadata; it is as untrusted as the header itself.
 """
 
 import json
 import math
 import os
 import pathlib
-import uuid
 import zlib
-from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +21,17 @@ from jaxtyping import Array, Bool, PyTree, Shaped
 
 from sparsejax.core.masks import check_masks
 from sparsejax.core.patterns import NM
+from sparsejax.core.safetensors_file import (
+    DTYPES,
+    Entry,
+    Header,
+    raw_bytes,
+    read_header,
+    read_tensor,
+    write_safetensors,
+)
 from sparsejax.core.selection import is_array, is_dense, named_leaves
+from sparsejax.core.untrusted import is_size, parse_object, shown
 from sparsejax.weights.compact import (
     LARGEST_GROUP,
     NMCompact,
@@ -33,18 +41,10 @@ from sparsejax.weights.compact import (
 )
 
 FORMAT = {"format": "sparsejax.compact", "version": "1"}
-LONGEST_HEADER = 100_000_000  # as in the safetensors package
 LARGEST_LEAF = 2**44  # bytes
-DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
-    "BOOL": "bool", "C64": "complex64",
-}  # fmt: skip
-_CODES = {name: code for code, name in DTYPES.items()}
-# what reading a damaged or hostile file can raise: OverflowError is a size beyond 64 bits,
-# RecursionError a header nested too deep
-_BROKEN = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
+_NAMES = {str(dtype) for dtype in DTYPES.values()}
+# what a damaged or hostile file can lead to: OverflowError is a product of sizes beyond 64 bits
+_BROKEN = (ValueError, KeyError, TypeError, OverflowError)
 
 
 def save_compact(
@@ -76,7 +76,7 @@ def save_compact(
     for (name, leaf), mask in zip(named_leaves(params), jax.tree.leaves(masks)):
         if not is_array(leaf):
             raise TypeError(f"leaf {name!r} is no array but {type(leaf).__name__}")
-        if str(leaf.dtype) not in _CODES:
+        if str(leaf.dtype) not in _NAMES:
             raise TypeError(f"leaf {name!r} is {leaf.dtype}, which safetensors does not know")
         w = np.asarray(jnp.asarray(leaf))  # in JAX's dtype, which is what loading gives back
         dense_bytes += w.nbytes
@@ -84,12 +84,15 @@ def save_compact(
         taken = [part for part in parts if part in arrays]
         if name in leaves or taken:
             raise ValueError(f"two leaves are called {name!r}: the file could hold only one")
-        contiguous = {part: np.ascontiguousarray(a).reshape(a.shape) for part, a in parts.items()}
-        checks = {part: zlib.crc32(a.view(np.uint8).data) for part, a in _flat(contiguous)}
-        arrays |= contiguous
+        checks = {part: zlib.crc32(raw_bytes(a)) for part, a in parts.items()}
+        arrays |= parts
         leaves[name] = {"shape": list(w.shape), "dtype": str(w.dtype), **form, "crc32": checks}
     file = pathlib.Path(path)
-    _write(file, arrays, leaves)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    described = json.dumps(leaves)
+    metadata = FORMAT | {"leaves": described, "crc32": str(zlib.crc32(described.encode()))}
+    tensors = {part: (array.dtype, array.shape) for part, array in arrays.items()}
+    write_safetensors(file, tensors, arrays.__getitem__, metadata=metadata)
     return {"dense": dense_bytes, "file": file.stat().st_size}
 
 
@@ -104,19 +107,18 @@ def load_compact(path: str | os.PathLike[str]) -> dict[str, Shaped[Array, "..."]
         that needs double precision where JAX has it off.
     """
     try:
-        with open(path, "rb") as file:
-            tensors, leaves = _read_header(file, os.fstat(file.fileno()).st_size)
-            wanted: list[str] = []
-            params = {}
-            for name, entry in leaves.items():
-                shape, dtype = _checked_leaf(name, entry)
-                parts = {p: _read(file, p, tensors, entry) for p in _part_names(name, entry)}
-                wanted += parts
-                params[name] = _restore(name, entry, shape, dtype, list(parts.values()))
-            extra = sorted(set(tensors) - set(wanted))
-            if extra:
-                raise ValueError(f"arrays that belong to no leaf: {extra[:3]}")
-            return params
+        header = read_header(pathlib.Path(path))
+        leaves = _described(header)
+        extra = set(header.tensors)
+        params = {}
+        for name, entry in leaves.items():
+            shape, dtype = _checked_leaf(name, entry)
+            parts = {part: _read(part, header.tensors, entry) for part in _part_names(name, entry)}
+            extra -= set(parts)
+            params[name] = _restore(name, entry, shape, dtype, list(parts.values()))
+        if extra:
+            raise ValueError(f"arrays that belong to no leaf: {sorted(extra)[:3]}")
+        return params
     except _BROKEN as e:
         raise ValueError(f"{path} is not a compact model file: {e}") from e
 
@@ -173,75 +175,26 @@ def _kept_in_groups(kept: np.ndarray, pattern: NM) -> np.ndarray:
     return flat.reshape(*flat.shape[:-1], -1, pattern.m, pattern.stride).sum(axis=-2)
 
 
-def _flat(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    return ((name, array.reshape(-1)) for name, array in arrays.items())
-
-
-def _write(path: pathlib.Path, arrays: Mapping[str, np.ndarray], leaves: Mapping[str, Any]) -> None:
-    described = json.dumps(leaves)
-    metadata = FORMAT | {"leaves": described, "crc32": str(zlib.crc32(described.encode()))}
-    header: dict[str, Any] = {"__metadata__": metadata}
-    # widest first, so that every array is aligned
-    ordered = sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize)
-    end = 0
-    for name, array in ordered:
-        begin, end = end, end + array.nbytes
-        code = _CODES[str(array.dtype)]
-        header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(len(text).to_bytes(8, "little"))
-            file.write(text)
-            for _, array in _flat(dict(ordered)):
-                file.write(array.view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _read_header(file: BinaryIO, size: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arrays of a file by name, their offsets from its start, and its leaves."""
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or not 2 <= length <= min(size - 8, LONGEST_HEADER):
-        raise ValueError("the length of its header is impossible")
-    header = json.loads(file.read(length).decode(), object_pairs_hook=_without_duplicates)
-    if not isinstance(header, dict):
-        raise ValueError("its header is not that of a model")
-    metadata = header.pop("__metadata__", None)
-    if not isinstance(metadata, dict) or FORMAT.items() - metadata.items():
+def _described(header: Header) -> dict[str, Any]:
+    """The description of a file's leaves, by name."""
+    if header.problems:
+        raise ValueError("; ".join(f"it {problem}" for problem in header.problems[:3]))
+    if FORMAT.items() - header.metadata.items():
         raise ValueError("its header names another format")
-    described = str(metadata["leaves"]).encode()
-    if metadata["crc32"] != str(zlib.crc32(described)):
+    text = header.metadata["leaves"]
+    if header.metadata["crc32"] != str(zlib.crc32(text.encode())):
         raise ValueError("the description of its leaves is damaged")
-    leaves = json.loads(described, object_pairs_hook=_without_duplicates)
-    if not isinstance(leaves, dict):
-        raise ValueError("its header is not that of a model")
-    start = end = 8 + length
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, stop = (start + _size(n, "offset") for n in entry["data_offsets"])
-        shape = tuple(_size(n, "size") for n in entry["shape"])
-        dtype = jnp.dtype(DTYPES[entry["dtype"]])
-        if begin != end or stop - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"array {name!r} and its place in the file do not fit")
-        header[name] = (shape, dtype, begin, stop - begin)
-        end = stop
-    if end != size:
-        raise ValueError(f"its arrays end at byte {end}, the file at {size}")
-    return header, leaves
+    try:
+        return parse_object(text)
+    except ValueError as error:
+        raise ValueError(f"the description of its leaves {error}") from None
 
 
 def _checked_leaf(name: str, entry: Any) -> tuple[tuple[int, ...], np.dtype]:
     if not isinstance(entry, dict) or not isinstance(entry.get("form"), str):
         raise ValueError(f"leaf {name!r} is not described")
     shape = tuple(_size(n, f"leaf {name!r}: size") for n in entry["shape"])
-    if entry["dtype"] not in _CODES:
+    if entry["dtype"] not in _NAMES:
         raise ValueError(f"leaf {name!r}: unknown dtype {entry['dtype']!r}")
     dtype = jnp.dtype(entry["dtype"])
     if math.prod(max(n, 1) for n in shape) * dtype.itemsize > LARGEST_LEAF:
@@ -257,17 +210,13 @@ def _part_names(name: str, entry: Mapping[str, Any]) -> list[str]:
     return [f"{name}.values", f"{name}.{'mask' if entry['form'] == 'bitmask' else 'positions'}"]
 
 
-def _read(
-    file: BinaryIO, name: str, tensors: Mapping[str, Any], entry: Mapping[str, Any]
-) -> np.ndarray:
+def _read(name: str, tensors: Mapping[str, Entry], entry: Mapping[str, Any]) -> np.ndarray:
     if name not in tensors:
         raise ValueError(f"there is no array {name!r}")
-    shape, dtype, begin, count = tensors[name]
-    file.seek(begin)
-    data = file.read(count)
-    if len(data) != count or zlib.crc32(data) != entry["crc32"][name]:
+    array = read_tensor(tensors[name])
+    if zlib.crc32(raw_bytes(array)) != entry["crc32"][name]:
         raise ValueError(f"array {name!r} is damaged: its checksum is another")
-    return np.frombuffer(data, dtype).reshape(shape)
+    return array
 
 
 def _restore(
@@ -322,13 +271,6 @@ def _restore(
 
 
 def _size(value: Any, what: str) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{what} is {value!r}")
+    if not is_size(value, 0):
+        raise ValueError(f"{what} is {shown(value)}")
     return value
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name is there twice")
-    return found

@@ -478,10 +478,6 @@ NESTED = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
 MORE = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
 
 
-def deepened(header):
-    return json.dumps(header).replace('{"dtype"', '{"dtype": "F32", "dtype"', 1).encode()
-
-
 PROBLEMS = [
     ("llama", lambda files: files.pop("config.json"), "config.json is missing"),
     ("llama", replaced("config.json", b"{"), "config.json is no valid JSON"),
@@ -518,62 +514,14 @@ PROBLEMS = [
     ),
     ("qwen", configured(tie_word_embeddings=False), "1 tensor missing: 'lm_head.weight'"),
     ("llama", lambda files: files.pop("model.safetensors"), "model.safetensors is missing"),
-    ("llama", cut(5), "model.safetensors has 5 bytes, too few for a header"),
     ("llama", cut(100), "model.safetensors has a header of .* bytes; 92 are possible"),
     ("llama", cut(-4), "model.safetensors has a tensor 'lm_head.weight' at bytes"),
-    (
-        "llama",
-        lambda f: f.update({"model.safetensors": f["model.safetensors"] + b"\0"}),
-        "1 bytes af",
-    ),
-    (
-        "llama",
-        replaced("model.safetensors", b"\xff" * 64),
-        "has a header of 18446744073709551615 b",
-    ),
-    ("llama", replaced("model.safetensors", joined(b"[ ]", b"")), "does not start with '{'"),
-    (
-        "llama",
-        replaced("model.safetensors", joined(NESTED, b"")),
-        "header that is nested too deeply",
-    ),
-    (
-        "llama",
-        reheaded(lambda h: h[NORM].update(dtype="F31")),
-        "'model.norm.weight' of the unknown dt",
-    ),
     (
         "llama",
         reheaded(lambda h: h[NORM].update(dtype="I32")),
         "model.norm.weight is I32; allowed are",
     ),
-    (
-        "llama",
-        reheaded(lambda h: h[NORM].update(dtype="F16")),
-        "of F16 .32. in 128 bytes, which needs 6",
-    ),
-    ("llama", reheaded(lambda h: h[NORM].update(shape=[-32])), "of the impossible shape .-32."),
-    ("llama", reheaded(lambda h: h[NORM].update(shape=[2**62] * 3)), "bytes, which needs 3923"),
     ("llama", reheaded(lambda h: h[NORM].update(shape=[8, 4])), r"shape \(8, 4\); .*it \(32,\)"),
-    ("llama", reheaded(lambda h: h[NORM].update(shape=32)), "of the impossible shape 32"),
-    ("llama", reheaded(lambda h: h[NORM].update(data_offsets=[128, 0])), r"at bytes \[128, 0\] of"),
-    (
-        "llama",
-        reheaded(lambda h: h[NORM].update(data_offsets=[0])),
-        r"the impossible data_offsets \[0",
-    ),
-    ("llama", reheaded(lambda h: h[NORM].update(data_offsets=[0, 128])), "overlaps the one before"),
-    (
-        "llama",
-        reheaded(lambda h: h.update({NORM: 3})),
-        "described by 3 instead of dtype, shape and",
-    ),
-    ("llama", reheaded(deepened), r"has a name twice in one object \('dtype'\)"),
-    (
-        "llama",
-        reheaded(lambda h: h.update(__metadata__={"a": 1})),
-        "__metadata__ that is no object",
-    ),
     ("llama", reheaded(lambda h: h.update(more=MORE)), "1 tensor not of this model: 'more'"),
     ("llama", reheaded(lambda h: h.pop(NORM) and None), "leaves a gap before it"),
     ("llama", poked(math.nan), "lm_head.weight has values that are not finite in float32"),

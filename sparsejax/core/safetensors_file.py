@@ -12,30 +12,32 @@ import dataclasses
 import json
 import math
 import os
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Shaped
 
-from sparsejax.models.hf_files import is_size, listed, parse_object, shown
+from sparsejax.core.untrusted import is_size, listed, parse_object, shown
 
 DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
+    "BOOL": np.dtype(bool),
+    **{f"{kind[0].upper()}{bits}": np.dtype(f"{kind}{bits}") for kind in ("int", "uint")
+       for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
     "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "C64": np.dtype(np.complex64),
+}  # fmt: skip
 """What tensors are read as, by the format's name; all little endian."""
 
-_WIDTHS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3"), 1),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
-    **dict.fromkeys(("U32", "I32", "F32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64"), 8),
-}
-_HEADER_LIMIT = 1 << 24
-_MOST_AXES = 8
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_HEADER_LIMIT = 100_000_000  # as in the safetensors package
+_MOST_AXES = 64  # of a NumPy array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,29 +51,39 @@ class Entry:
     size: int
 
 
-def read_header(path: Path) -> tuple[dict[str, Entry], list[str]]:
-    """What a file says it holds, and what is wrong with it.
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a file says it holds.
 
-    Entries are returned only where they are sound: a known dtype, a shape, and a range of the
-    file that is just as long as both say. The tensors must fill the file without gap or overlap.
-    No tensor is read.
+    tensors: by name, only those that are sound: a known dtype, a shape, and a range of the file
+        that is just as long as both say.
+    metadata: the writer's own strings.
+    problems: all that is wrong, ready to follow the file's name. If empty, the tensors are
+        sound and fill the file without gap or overlap.
     """
+
+    tensors: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+    problems: Sequence[str]
+
+
+def read_header(path: Path) -> Header:
+    """Header and problems of a file, of which no tensor is read. Raises OSError if it cannot be."""
     try:
         header, start, end = _read_json(path)
-    except OSError as error:
-        return {}, [f"cannot be read ({shown(str(error))})"]
     except ValueError as error:
-        return {}, [str(error)]
+        return Header({}, {}, [str(error)])
     problems, entries = [], {}
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         problems.append("has a __metadata__ that is no object of strings")
+        metadata = {}
     for name, value in header.items():
         try:
             entries[name] = _entry(path, value, start, end)
         except ValueError as error:
             problems.append(f"has a tensor {shown(name)} {error}")
-    return entries, problems or _tiling_problems(entries, start, end)
+    return Header(entries, metadata, problems or _tiling_problems(entries, start, end))
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
@@ -96,7 +108,7 @@ def _entry(path: Path, value: object, start: int, end: int) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"described by {shown(value)} instead of dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _WIDTHS:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"of the unknown dtype {shown(dtype)}")
     axes = [axis for axis in shape if is_size(axis, 0)] if isinstance(shape, list) else None
     if axes is None or len(axes) != len(shape) or len(axes) > _MOST_AXES:
@@ -107,7 +119,7 @@ def _entry(path: Path, value: object, start: int, end: int) -> Entry:
     first, last = bounds
     if not first <= last <= end - start:
         raise ValueError(f"at bytes {shown(offsets)} of {end - start} that are there")
-    size = math.prod(axes) * _WIDTHS[dtype]
+    size = math.prod(axes) * DTYPES[dtype].itemsize
     if size != last - first:
         raise ValueError(
             f"of {dtype} {shown(shape)} in {last - first} bytes, which needs {shown(size)}"
@@ -127,11 +139,8 @@ def _tiling_problems(entries: Mapping[str, Entry], start: int, end: int) -> list
     return problems
 
 
-def read_tensor(entry: Entry) -> np.ndarray:
-    """The tensor of `entry`, whose dtype must be one of `DTYPES`.
-
-    Raises ValueError if the file has become shorter since its header was read.
-    """
+def read_tensor(entry: Entry) -> Shaped[np.ndarray, "..."]:
+    """The tensor of `entry`. Raises ValueError if the file has become shorter in the meantime."""
     data = np.empty(entry.size, np.uint8)
     with entry.path.open("rb", buffering=0) as file:
         file.seek(entry.start)
@@ -141,8 +150,12 @@ def read_tensor(entry: Entry) -> np.ndarray:
             if not count:
                 raise ValueError(f"{entry.path.name} ended while it was read")
             done += count
-    stored = DTYPES[entry.dtype]
-    return data.view(stored).reshape(entry.shape)
+    return data.view(DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def raw_bytes(array: Shaped[np.ndarray, "..."]) -> memoryview:
+    """The bytes of an array as a file holds them: row by row."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def same_bytes(a: Entry, b: Entry, chunk: int = 1 << 24) -> bool:
@@ -165,41 +178,43 @@ def write_safetensors(
     path: Path,
     tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
     fetch: Callable[[str], np.ndarray],
+    *,
+    metadata: Mapping[str, str],
 ) -> None:
-    """Writes `tensors`, asking `fetch` for one at a time; on the disk when this returns.
+    """Writes `tensors`, asking `fetch` for one at a time; whole and on the disk, or not there.
+
+    A file that was there is replaced, and stays as it is if this fails.
 
     tensors: from the name to dtype and shape, which `fetch(name)` must give.
+
     Raises ValueError for a dtype that is not among `DTYPES`, and for a tensor of another form.
     """
-    codes = {dtype: code for code, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    for name, (dtype, shape) in tensors.items():
-        if dtype not in codes:
-            raise ValueError(f"{name} is {dtype}; allowed are {listed(codes.values())}.")
+    # the widest first, so that every tensor is aligned
+    order = sorted(tensors, key=lambda name: -tensors[name][0].itemsize)
+    for name in order:
+        dtype, shape = tensors[name]
+        if name == "__metadata__":
+            raise ValueError("a tensor is called __metadata__, which the format keeps for itself.")
+        if dtype not in _CODES:
+            raise ValueError(f"{name} is {dtype}; allowed are {listed(_CODES.values(), 16)}.")
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": (start, end)}
+        header[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data starts where any dtype is aligned
-    with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, (dtype, shape) in tensors.items():
-            values = np.ascontiguousarray(fetch(name))
-            if (values.dtype, values.shape) != (dtype, shape):
-                raise ValueError(f"{name} is {values.dtype}{values.shape}, not {dtype}{shape}.")
-            file.write(values.view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def shards(sizes: Mapping[str, int], limit: int) -> Sequence[list[str]]:
-    """Names in their order, in groups of at most `limit` bytes; a larger tensor stands alone."""
-    groups: list[list[str]] = []
-    filled = limit + 1
-    for name, size in sizes.items():
-        if filled + size > limit:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size
-    return groups
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in order:
+                values, (dtype, shape) = np.asarray(fetch(name)), tensors[name]
+                if (values.dtype, values.shape) != (dtype, shape):
+                    raise ValueError(f"{name} is {values.dtype}{values.shape}, not {dtype}{shape}.")
+                file.write(raw_bytes(values))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
