@@ -5,17 +5,20 @@ import pathlib
 from rich.console import Console
 
 from experiments.harness.progress import make_table
-from experiments.harness.registry import last_summary, list_experiments
+from experiments.harness.registry import last_summaries, list_experiments
 
 
 def main() -> None:
     """Prints the table."""
     rows = []
     for entry in list_experiments():
-        summary = last_summary(pathlib.Path("runs"), entry.slug)
+        found = last_summaries(pathlib.Path("runs"), entry.slug)
         result = "not run here"
-        if summary:
-            result = ("holds" if summary["holds"] else "does not hold") + f": {summary['ours']}"
+        if found:
+            result = "; ".join(
+                f"{preset} {'holds' if summary['holds'] else 'does not hold'}: {summary['ours']}"
+                for preset, summary in found.items()
+            )
         times = ", ".join(
             f"{name} {time}" + (" min" if time[:1].isdigit() else "")
             for name, time in entry.minutes.items()

@@ -57,7 +57,7 @@ def run(config: Config, run: Run) -> Result:
         begin = once.get(methods[name].begin or "")
         trials += train_method(config, run, model, name, methods[name], begin, perplexity, windows)
     best = best_rates(trials)
-    print_table(run, config, dense, trials, best)
+    table = print_table(run, config, model, dense, trials, best)
     draw(config, run, trials, best)
     chosen = chosen_trial(best)
     files, quantized = {}, {}
@@ -89,7 +89,7 @@ def run(config: Config, run: Run) -> Result:
         budget=f"{config.steps} steps from one dense model, two learning rates each",
         simulated=True,
     )
-    return Result(claims, card, metrics)
+    return Result(claims, card, metrics, (table,))
 
 
 def check(config: Config) -> list[str]:

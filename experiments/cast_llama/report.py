@@ -11,7 +11,7 @@ import sparsejax as sj
 from experiments.cast_llama.config import LABELS, ONE_SHOT, TRAINED, Config
 from experiments.cast_llama.trials import Trial, mean_after
 from experiments.harness.checkpoints import Checkpoints
-from experiments.harness.config import Claim
+from experiments.harness.config import Claim, Table
 from experiments.harness.language import LanguageModel, is_pretrained
 from experiments.harness.plots import COLORS, draw_curves, new_figure, save
 from experiments.harness.pretrained import export
@@ -22,8 +22,13 @@ from sparsejax.models import generate
 
 
 def print_table(
-    run: Run, config: Config, dense: float, trials: list[Trial], best: dict[str, list[Trial]]
-) -> None:
+    run: Run,
+    config: Config,
+    model: LanguageModel,
+    dense: float,
+    trials: list[Trial],
+    best: dict[str, list[Trial]],
+) -> Table:
     """The table of perplexities: every method at its best rate, and what the other rate gave."""
     rows = [("dense (start)", "", f"{dense:.3f}", "", "", "", "")]
     for name, found in sorted(best.items(), key=lambda item: mean_after(item[1])):
@@ -45,8 +50,14 @@ def print_table(
             )
         )
     header = ("method", "rate", "perplexity", "to dense", "jump at pruning", "S", "other rate")
-    title = f"Validation perplexity per token at {config.pattern}, {config.seeds} seed(s)"
+    name = model.tokenizer.name if is_pretrained(config.model) else f"a LLaMA ({config.model})"
+    tokens = config.steps * config.batch * config.seq_len
+    title = (
+        f"Validation perplexity per token of {name} at {config.pattern}, {config.seeds} seed(s), "
+        f"{tokens:,} tokens of training"
+    )
     run.console.print(make_table(title, header, rows))
+    return Table(title, header, tuple(rows))
 
 
 def mean_jump(trials: list[Trial]) -> float:

@@ -13,7 +13,7 @@ from flax import nnx
 import sparsejax as sj
 from experiments.dsnot.config import LABELS, SLUG, Config, parse_amount
 from experiments.harness import digits
-from experiments.harness.config import Claim, Result
+from experiments.harness.config import Claim, Result, Table
 from experiments.harness.data import validation_windows
 from experiments.harness.language import LanguageModel
 from experiments.harness.perplexity import Perplexity, make_perplexity
@@ -108,10 +108,13 @@ def run_pretrained(config: Config, run: Run) -> Result:
                 f"{amount} {arm.start}{' + DSnoT' * arm.swaps}{' (updated)' * arm.update}: "
                 f"perplexity {kept['perplexity']:.2f}, mean layer error {kept['error']:.3f}"
             )
-    header = ("pruned", *(arm.label for arm in arms))
-    rows = [(describe(a), *(f"{found[a][arm]:.4g}" for arm in arms)) for a in config.amounts]
-    title = f"Perplexity of {model.tokenizer.name}, dense {dense:.2f}"
-    run.console.print(make_table(title, header, rows))
+    table = Table(
+        f"Perplexity of {model.tokenizer.name}, dense {dense:.2f}, pruned at once with "
+        f"{config.calibration} windows of {config.seq_len + 1} tokens, on {len(windows)} others",
+        ("pruned", *(arm.label for arm in arms)),
+        tuple((describe(a), *(f"{found[a][arm]:.4g}" for arm in arms)) for a in config.amounts),
+    )
+    run.console.print(make_table(table.title, table.header, table.rows))
     if run.is_main:
         draw(run, model.tokenizer.name, dense, found)
     metrics = {
@@ -120,7 +123,7 @@ def run_pretrained(config: Config, run: Run) -> Result:
             a: {arm.name: value for arm, value in row.items()} for a, row in found.items()
         },
     }
-    return Result(make_claims(found), make_card(config), metrics)
+    return Result(make_claims(found), make_card(config), metrics, (table,))
 
 
 def prune_once(

@@ -81,6 +81,15 @@ class Claim:
 
 
 @dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of results: the first column is text, the others are numbers."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
     """What an experiment found.
 
@@ -88,11 +97,13 @@ class Result:
       claims: the first is the one of the paper that the README shows.
       card: what was sparse, how and when; printed and saved with the figures.
       metrics: figures for `summary.json`.
+      tables: for `RESULTS.md`; printed by the experiment itself.
     """
 
     claims: tuple[Claim, ...]
     card: SparsityCard
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tables: tuple[Table, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Which experiments there are, found without importing any of them."""
 
 import ast
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -43,11 +44,11 @@ def list_experiments() -> list[Entry]:
     return entries
 
 
-def last_summary(out: pathlib.Path, slug: str) -> dict[str, Any] | None:
-    """The summary of the newest finished run of an experiment, or None."""
-    for path in sorted((out / slug).glob("*/summary.json"), reverse=True):
-        try:
-            return json.loads(path.read_text()) | {"folder": str(path.parent)}
-        except (OSError, ValueError):
-            continue
-    return None
+def last_summaries(out: pathlib.Path, slug: str) -> dict[str, dict[str, Any]]:
+    """The summary of the newest finished run of an experiment, for each preset that was run."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted((out / slug).glob("*/summary.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            summary = json.loads(path.read_text())
+            found[summary["preset"]] = summary
+    return found

@@ -153,6 +153,7 @@ def _summary(experiment: Experiment, config: Any, run: Run, result: Result) -> d
         "claims": [dataclasses.asdict(claim) for claim in result.claims],
         "card": result.card.to_dict(),
         "metrics": dict(result.metrics),
+        "tables": [dataclasses.asdict(table) for table in result.tables],
         "seconds": round(time.time() - run.started, 1),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "cores": os.cpu_count(),

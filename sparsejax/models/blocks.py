@@ -76,7 +76,9 @@ def put_block(blocks: nnx.Module, i: int, block: nnx.Module, n_layers: int) -> N
         nnx.update(blocks, nnx.from_flat_state([(path, written)]))
 
 
-def matrix_dot_general(x: Array, kernel: Array, dimensions=None, **options) -> Array:
+def matrix_dot_general(
+    x: Float[Array, "*b i"], kernel: Float[Array, "i o"], dimensions: Any = None, **options: Any
+) -> Float[Array, "*b o"]:
     """`x @ kernel` over a flattened batch; `dimensions` is what nnx.Linear passes, always the same.
 
     XLA's CPU backend takes three times as long over the kernel's gradient if tokens span two axes.

@@ -367,3 +367,44 @@ def test_maskllm_refuses_impossible_settings():
     for tau in (0.0, -1.0):
         with pytest.raises(ValueError, match=f"tau is {tau}; it must be positive"):
             weights.maskllm_mask(key, LOGITS[:2], kappa=1.0, tau=tau)
+
+
+def tree_of_kernels():
+    keys = jax.random.split(jax.random.key(5), 2)
+    return {
+        "stack": {"kernel": jax.random.normal(keys[0], (2, 8, 6))},
+        "one": {"kernel": jax.random.normal(keys[1], (12, 4)), "bias": jnp.ones(4)},
+    }
+
+
+def test_maskllm_over_a_tree_starts_at_the_priors_masks():
+    params = tree_of_kernels()
+    masks = sj.make_masks(sj.magnitude(params), pattern=sj.NM(2, 4, ties="lowest"))
+    logits = weights.maskllm_logits(jax.random.key(0), masks, prior=20.0)
+    assert logits["one"]["bias"].shape == ()
+    assert logits["stack"]["kernel"].shape == (2 * 6 * 2, 6)
+    found = weights.maskllm_masks(params, logits)
+    jax.tree.map(np.testing.assert_array_equal, found, masks)
+    # cold and strongly weighted, the soft masks are the hard ones
+    soft = weights.maskllm_params(jax.random.key(1), params, logits, kappa=1e4, tau=0.01)
+    hard = sj.apply_masks(params, masks)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), soft, hard)
+
+
+def test_maskllm_over_a_tree_trains_the_logits_alone():
+    params = tree_of_kernels()
+    masks = sj.make_masks(sj.magnitude(params), pattern=sj.NM(2, 4, ties="lowest"))
+    logits = weights.maskllm_logits(jax.random.key(0), masks)
+
+    def loss(logits):
+        soft = weights.maskllm_params(jax.random.key(1), params, logits, kappa=100.0, tau=4.0)
+        return sum(jnp.sum((leaf - 1) ** 2) for leaf in jax.tree.leaves(soft))
+
+    grads = jax.jit(jax.grad(loss))(logits)
+    assert float(grads["one"]["bias"]) == 0.0
+    assert float(jnp.abs(grads["stack"]["kernel"]).max()) > 0
+    first, second = (
+        weights.maskllm_params(jax.random.key(k), params, logits, kappa=100.0, tau=4.0)
+        for k in (1, 2)
+    )
+    assert not np.allclose(first["one"]["kernel"], second["one"]["kernel"])

@@ -11,7 +11,7 @@ from experiments import __main__ as listing
 from experiments import reproduce
 from experiments.harness.perplexity import make_perplexity
 from experiments.harness.progress import mean_and_deviation
-from experiments.harness.registry import last_summary, list_experiments
+from experiments.harness.registry import last_summaries, list_experiments
 
 CLAIM = {"sentence": "a | b", "holds": False, "ours": "1", "baseline": "2", "seeds": 3}
 SUMMARY = {
@@ -49,27 +49,43 @@ def test_the_newest_readable_summary_counts(tmp_path):
     for name, text in (("1", json.dumps(SUMMARY)), ("2", "{"), ("0", "{}")):
         (tmp_path / "x" / name).mkdir(parents=True)
         (tmp_path / "x" / name / "summary.json").write_text(text)
-    assert last_summary(tmp_path, "x")["ours"] == "1"
-    assert last_summary(tmp_path, "none") is None
+    assert last_summaries(tmp_path, "x")["laptop"]["ours"] == "1"
+    assert last_summaries(tmp_path, "none") == {}
 
 
 def test_reproduce_collects_results_and_fills_the_readme(tmp_path, capsys):
-    folder = tmp_path / "runs" / "cast_llama" / "1"
-    folder.mkdir(parents=True)
-    (folder / "summary.json").write_text(json.dumps(SUMMARY))
+    table = {"title": "T", "header": ["a", "b"], "rows": [["x|y", "1.5"]]}
+    loaded = {**SUMMARY, "preset": "pretrained", "tables": [table], "ours": "4"}
+    for number, summary in (("1", SUMMARY), ("2", loaded), ("3", {**SUMMARY, "preset": "test"})):
+        folder = tmp_path / "runs" / "cast_llama" / number
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text(json.dumps(summary))
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "old.laptop.json").write_text(json.dumps({**SUMMARY, "slug": "old"}))
     readme = tmp_path / "README.md"
-    readme.write_text("before <!-- results -->stale<!-- end of results --> after")
+    readme.write_text(
+        "before <!-- results -->stale<!-- end of results --> after <!-- pretrained -->"
+        "<!-- end of pretrained -->"
+    )
     reproduce.main(
         ["--collect", "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "R.md"),
-         "--readme", str(readme)]
+         "--readme", str(readme), "--kept", str(kept)]
     )  # fmt: skip
     row = "| `cast_llama` (laptop) | a \\| b | **does not hold** | 1 | 2 | 3 | 1.5 | 1 x cpu, 2"
-    assert row in (tmp_path / "R.md").read_text()
-    text = readme.read_text()
-    assert row in text
+    shown = "T:\n\n| a | b |\n| --- | ---: |\n| x\\|y | 1.5 |\n"
+    assert {path.name for path in kept.iterdir()} == {
+        "cast_llama.laptop.json", "cast_llama.pretrained.json", "old.laptop.json"
+    }  # fmt: skip
+    results, text = (tmp_path / "R.md").read_text(), readme.read_text()
+    for written in (results, text):
+        assert row in written
+        assert "`cast_llama` (pretrained)" in written
+        assert "`old` (laptop)" in written
+        assert shown in written
     assert "stale" not in text
     assert text.startswith("before ")
-    assert text.endswith(" after")
+    assert " after " in text
     with pytest.raises(SystemExit) as stop:
         reproduce.main(["nothing"])
     assert stop.value.code == 2
