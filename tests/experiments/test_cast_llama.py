@@ -89,16 +89,19 @@ def test_the_whole_experiment(out, capsys):
 
 
 def test_the_dense_model_is_kept_for_later_runs(out, capsys):
-    execute(EXPERIMENT, settings(out, methods=("magnitude",)))
+    execute(EXPERIMENT, settings(out, methods=("magnitude",), bits=()))
     assert "kept from an earlier run" in capsys.readouterr().out
-    execute(EXPERIMENT, settings(out, methods=("wanda",), dense_learning_rate=2e-3))
+    execute(EXPERIMENT, settings(out, methods=("magnitude",), bits=(), dense_learning_rate=2e-3))
     assert "kept from an earlier run" not in capsys.readouterr().out
 
 
 def test_a_run_killed_in_the_middle_resumes_to_the_same_numbers(out, tmp_path):
-    changes = {"methods": ("cast",), "seeds": 1, "steps": 200, "checkpoint_every": 20}
+    changes = {
+        "methods": ("cast",), "seeds": 1, "steps": 200, "checkpoint_every": 20, "bits": (),
+    }  # fmt: skip
     execute(EXPERIMENT, settings(tmp_path / "whole", **changes))
-    flags = ("--methods", "cast", "--seeds", "1", "--steps", "200", "--checkpoint-every", "20")
+    flags = ("--methods", "cast", "--seeds", "1", "--steps", "200", "--checkpoint-every", "20",
+             "--bits")  # fmt: skip
     broken = tmp_path / "broken"
     process = subprocess.Popen(command("--out", broken, *flags), cwd=ROOT)
     try:
@@ -132,7 +135,7 @@ def test_a_run_killed_in_the_middle_resumes_to_the_same_numbers(out, tmp_path):
 
 
 def test_a_mesh_gives_the_numbers_of_one_device(out, tmp_path):
-    changes = {"methods": ("wanda", "cast"), "seeds": 1, "batch": 8}
+    changes = {"methods": ("wanda", "cast"), "seeds": 1, "batch": 8, "bits": ()}
     alone = execute(EXPERIMENT, settings(tmp_path, **changes))
     sharded = execute(EXPERIMENT, settings(tmp_path / "mesh", mesh="data=4,model=2", **changes))
     for name in ("wanda", "cast"):
@@ -161,7 +164,8 @@ def test_two_processes_train_together(tmp_path):
         for process in processes:
             process.kill()
     together = json.loads((only_run(tmp_path) / "summary.json").read_text())
-    alone = execute(EXPERIMENT, settings(tmp_path / "alone", methods=("cast",), seeds=1))
+    config = settings(tmp_path / "alone", methods=("cast",), seeds=1, bits=())
+    alone = execute(EXPERIMENT, config)
     np.testing.assert_allclose(
         together["metrics"]["perplexity"]["cast"], alone.metrics["perplexity"]["cast"], rtol=2e-3
     )
@@ -176,7 +180,8 @@ def test_the_paper_setting_builds_abstractly():
 def test_other_patterns_and_the_users_own_text(out, tmp_path):
     text = tmp_path / "mine.txt"
     text.write_text("The quick brown fox jumps over the lazy dog.\n\n" * 200)
-    config = settings(tmp_path, text=(str(text),), pattern="1:4", methods=("naive",), seeds=1)
+    changes = {"methods": ("naive",), "seeds": 1, "bits": ()}
+    config = settings(tmp_path, text=(str(text),), pattern="1:4", **changes)
     execute(EXPERIMENT, config)
     summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
     assert summary["metrics"]["files"]["file"] < summary["metrics"]["files"]["dense"]
@@ -190,7 +195,7 @@ def test_other_patterns_and_the_users_own_text(out, tmp_path):
         (["--pattern", "2:7", "--methods", "naive"], "length 96, not a multiple of m = 7"),
         (["--stepz", "1"], "Unrecognized options: --stepz, 1 Perhaps you meant: --steps INT"),
         (["--methods", "magic"], "known are magnitude, wanda"),
-        (["--model", "gpt-9"], "model is 'gpt-9'; known are laptop"),
+        (["--model", "gpt-9"], "which is no path and none of laptop"),
         (["--dataset", "no_such_set"], "no_such_set"),
         (["--text", "{tmp}/missing.txt"], "missing.txt"),
         (["--text", "{tmp}/empty.txt"], "empty"),
