@@ -642,7 +642,7 @@ def test_call_errors():
 def test_spec_errors():
     with pytest.raises(ValueError, match=r"rules names \['head'\]; logical axes are embed, heads"):
         param_specs({}, {"head": "model"})
-    with pytest.raises(ValueError, match="path is .other/kernel.; the parameters of Llama"):
+    with pytest.raises(ValueError, match=r"path is .other/kernel.; the parameters of Llama"):
         param_specs({"other": {"kernel": jnp.ones((2, 2))}})
     with pytest.raises(ValueError, match=r"ffn/up_proj/kernel has 4 axes"):
         logical_axes("ffn/up_proj/kernel", 4)
