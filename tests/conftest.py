@@ -19,10 +19,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import hypothesis
 import jax
 import jaxtyping
 import numpy as np
 import pytest
+
+# the same examples in every run: a failure is one that others see too
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 ROOT = pathlib.Path(__file__).parent
 LIBRARY = ("tests/core/", "tests/weights/", "tests/models/", "tests/pallas_kernels/")
