@@ -3,9 +3,10 @@
 Paper: CAST, Continuous and differentiable semi-structured sparsity-aware training for large
 language models (2025, arXiv 2509.25996); expected there: perplexity within 0.1 of dense at 2:4.
 
-A small LLaMA is trained on real text and kept as the dense teacher; then every method starts from
-it with the same steps, batches and schedule, at each of two learning rates. The table shows each
+A small LLaMA is trained on real text, or a pretrained one is loaded (`--model`), and kept as the
+dense teacher; then every method starts from it with the same steps, batches and schedule, at each
+learning rate. The table shows each
 method at its better one. The dense model trained on for the same steps stands beside them.
 """
 
-MINUTES = {"laptop": "9", "test": "1", "paper": "checked abstractly"}
+MINUTES = {"laptop": "9", "pretrained": "an evening", "test": "1", "paper": "checked abstractly"}

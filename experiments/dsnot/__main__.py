@@ -6,7 +6,6 @@ import math
 import jax
 import jax.numpy as jnp
 
-import sparsejax as sj
 from experiments.dsnot.config import PRESETS, SLUG, Config, list_arms
 from experiments.dsnot.laptop import (
     evaluate,
@@ -17,7 +16,14 @@ from experiments.dsnot.laptop import (
     train_networks,
 )
 from experiments.dsnot.pretrained import run_pretrained
-from experiments.dsnot.report import Found, arms_as_metrics, draw, make_claims, print_tables
+from experiments.dsnot.report import (
+    Found,
+    arms_as_metrics,
+    draw,
+    make_card,
+    make_claims,
+    print_tables,
+)
 from experiments.harness import digits
 from experiments.harness.cli import main
 from experiments.harness.config import Experiment, Result
@@ -50,19 +56,8 @@ def run(config: Config, run: Run) -> Result:
     if run.is_main:
         draw(run, config, found, language)
     metrics = {"dense": dense, "arms": arms_as_metrics(config, found), "perplexity": language}
-    card = sj.SparsityCard(
-        what=sj.WhatIsSparse.WEIGHTS,
-        granularity=sj.Granularity.UNSTRUCTURED,
-        timing=sj.Timing.AFTER,
-        path=sj.TrainingPath.DENSE,
-        dynamics=sj.MaskDynamics.DYNAMIC,
-        allocation=sj.Allocation.UNIFORM,
-        criterion=sj.Criterion.SCORE,
-        gradient=sj.GradientRule.MASKED,
-        seeds=config.seeds,
-        budget=f"{config.images} calibration images for every arm, no training",
-        simulated=True,
-    )
+    budget = f"{config.images} calibration images for every arm, no training"
+    card = make_card(seeds=config.seeds, budget=budget)
     return Result(make_claims(config, found, language), card, metrics)
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import sparsejax as sj
 from experiments.dsnot.config import LABELS, SLUG, Config, parse_amount
+from experiments.dsnot.report import make_card
 from experiments.harness import digits
 from experiments.harness.config import Claim, Result, Table
 from experiments.harness.data import validation_windows
@@ -117,13 +117,18 @@ def run_pretrained(config: Config, run: Run) -> Result:
     run.console.print(make_table(table.title, table.header, table.rows))
     if run.is_main:
         draw(run, model.tokenizer.name, dense, found)
+    card = make_card(
+        seeds=1,
+        budget=f"{config.calibration} windows of {config.seq_len + 1} tokens, no training",
+        patterns=":" in config.amounts[0],
+    )
     metrics = {
         "dense": dense,
         "perplexity": {
             a: {arm.name: value for arm, value in row.items()} for a, row in found.items()
         },
     }
-    return Result(make_claims(found), make_card(config), metrics, (table,))
+    return Result(make_claims(found), card, metrics, (table,))
 
 
 def prune_once(
@@ -196,23 +201,6 @@ def make_claims(found: Found) -> tuple[Claim, ...]:
             )
         )
     return tuple(claims)
-
-
-def make_card(config: Config) -> sj.SparsityCard:
-    """The card of pruning after training."""
-    return sj.SparsityCard(
-        what=sj.WhatIsSparse.WEIGHTS,
-        granularity=sj.Granularity.N_M if ":" in config.amounts[0] else sj.Granularity.UNSTRUCTURED,
-        timing=sj.Timing.AFTER,
-        path=sj.TrainingPath.DENSE,
-        dynamics=sj.MaskDynamics.DYNAMIC,
-        allocation=sj.Allocation.UNIFORM,
-        criterion=sj.Criterion.SCORE,
-        gradient=sj.GradientRule.MASKED,
-        seeds=1,
-        budget=f"{config.calibration} windows of {config.seq_len + 1} tokens, no training",
-        simulated=True,
-    )
 
 
 def draw(run: Run, label: str, dense: float, found: Found) -> None:

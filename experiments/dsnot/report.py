@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+import sparsejax as sj
 from experiments.dsnot.config import LABELS, Arm, Config, list_arms
 from experiments.harness.config import Claim
 from experiments.harness.plots import COLORS, draw_curves, new_figure, save
@@ -75,6 +76,23 @@ def make_claims(config: Config, found: Found, language: Any) -> tuple[Claim, ...
             config.seeds,
         ),
     )  # fmt: skip
+
+
+def make_card(*, seeds: int, budget: str, patterns: bool = False) -> sj.SparsityCard:
+    """The card of pruning after training, by share or, with `patterns`, to N:M."""
+    return sj.SparsityCard(
+        what=sj.WhatIsSparse.WEIGHTS,
+        granularity=sj.Granularity.N_M if patterns else sj.Granularity.UNSTRUCTURED,
+        timing=sj.Timing.AFTER,
+        path=sj.TrainingPath.DENSE,
+        dynamics=sj.MaskDynamics.DYNAMIC,
+        allocation=sj.Allocation.UNIFORM,
+        criterion=sj.Criterion.SCORE,
+        gradient=sj.GradientRule.MASKED,
+        seeds=seeds,
+        budget=budget,
+        simulated=True,
+    )
 
 
 def draw(run: Run, config: Config, found: Found, language: Any) -> None:

@@ -8,10 +8,26 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+
+def _bar(console: Console, *columns: ProgressColumn) -> Progress:
+    """A bar with the given columns between its counts and the `status` of its task."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        *columns,
+        TextColumn("{task.fields[status]}"),
+        console=console,
+        transient=True,
+        refresh_per_second=4,
+        disable=not console.is_terminal,
+    )
 
 
 @contextlib.contextmanager
@@ -23,18 +39,8 @@ def training_bar(
     Yields:
       A function of the steps done, the steps a second and the latest metrics.
     """
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
-        console=console,
-        transient=True,
-        refresh_per_second=4,
-        disable=not console.is_terminal,
-    )
+    speed = TextColumn("{task.fields[speed]}")
+    bar = _bar(console, speed, TimeRemainingColumn())
     with bar:
         task = bar.add_task(name, total=total, completed=completed, speed="", status="")
 
@@ -56,17 +62,7 @@ def layer_bar(
     Yields:
       A function of block, path and relative error, as `prune_model` calls it.
     """
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
-        console=console,
-        transient=True,
-        refresh_per_second=4,
-        disable=not console.is_terminal,
-    )
+    bar = _bar(console, TimeRemainingColumn())
     with bar:
         task = bar.add_task(name, total=total, status="")
 
