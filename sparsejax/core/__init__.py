@@ -37,7 +37,15 @@ from sparsejax.core.costs import (
     storage_bytes,
     training_flops,
 )
-from sparsejax.core.gradients import nm_project, project, sr_ste, srste_decay, ste
+from sparsejax.core.gradients import (
+    mask_decay,
+    mask_decay_weight,
+    nm_project,
+    project,
+    sr_ste,
+    srste_decay,
+    ste,
+)
 from sparsejax.core.masks import (
     MaskComparison,
     MaskCount,
@@ -192,6 +200,8 @@ __all__ = [
     "magnitude",
     "make_masks",
     "map_selected",
+    "mask_decay",
+    "mask_decay_weight",
     "mask_hamming",
     "mask_jaccard",
     "mask_overlap",

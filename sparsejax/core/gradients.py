@@ -1,14 +1,16 @@
-"""What pruned entries feel: straight-through and SR-STE, as views and as an optax transform.
+"""What pruned entries feel: straight-through, SR-STE and decaying masks, as views; SR-STE in optax.
 
-A view maps parameters to the parameters that the forward pass uses. All views are one projection,
-`project`, whose backward pass hands the gradient of the projected weight to the dense one.
+A view maps parameters to the parameters that the forward pass uses. The straight-through ones are
+one projection, `project`, whose backward pass hands the gradient of the projected weight to the
+dense one.
 """
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from sparsejax.core.masks import check_masks, leaf_mask
@@ -16,6 +18,7 @@ from sparsejax.core.patterns import NM, Density, Pattern, Ties
 from sparsejax.core.selection import Where, is_array, is_concrete, is_dense, map_selected
 
 Decay = int | float | Float[Array, ""]
+MaskGradient = Literal["masked", "straight_through"]
 
 
 @jax.custom_vjp
@@ -34,7 +37,8 @@ def _project_forward(w: Array, mask: Array, decay: Decay) -> tuple[Array, tuple[
 
 def _project_backward(residuals: tuple[Any, ...], g: Array) -> tuple[Any, ...]:
     w, mask, decay = residuals
-    return pull_to_zero(g, w, mask, decay), None, jnp.zeros_like(decay)
+    # under `lax.switch` a constant arrives as a numpy array
+    return pull_to_zero(g, w, mask, jnp.asarray(decay)), None, jnp.zeros_like(decay)
 
 
 def pull_to_zero(
@@ -138,6 +142,89 @@ def ste(
     return sr_ste(params, pattern, decay=0.0, where=where, masks=masks, density=density)
 
 
+def mask_decay_weight(
+    w: Float[Array, "*s"],
+    beta: int | float | Float[Array, ""],
+    n: int,
+    m: int,
+    *,
+    axis: int | None = -2,
+    gradient: MaskGradient = "masked",
+) -> Float[Array, "*s"]:
+    """A weight whose entries outside its N:M pattern are multiplied by `beta`.
+
+    `w * (mask + beta * (1 - mask))` with the mask made from `abs(w)`, of equals the last stays.
+    Mask and beta are constants of the gradient, which with g at the result is
+    `g * (mask + beta * (1 - mask))` if "masked", and g itself if "straight_through".
+
+    Args:
+      w: dense weight. n: kept in a group. m: group size. axis: see `NM`.
+      beta: in [0, 1], from a schedule such as `exponential_mask_decay`; may be traced. 1 is the
+        identity, 0 the projection on the pattern.
+      gradient: "masked" is the chain rule, so that what reaches pruned entries fades with beta;
+        "straight_through" is what the authors' code does.
+
+    Raises:
+      TypeError: `w` is not floating point.
+      ValueError: a concrete beta outside [0, 1], an unknown gradient or an impossible pattern.
+
+    Source: Bambhaniya et al., Progressive gradient flow for robust N:M sparsity training (2024).
+
+    >>> w = jnp.asarray([[1.0], [4.0], [2.0], [3.0]])
+    >>> mask_decay_weight(w, 0.5, 2, 4)[:, 0]
+    Array([0.5, 4. , 1. , 3. ], dtype=float32)
+    """
+    return _decayed("", w, beta, NM(n, m, axis), gradient)
+
+
+def mask_decay(
+    params: PyTree,
+    beta: int | float | Float[Array, ""],
+    pattern: NM,
+    *,
+    gradient: MaskGradient = "masked",
+    where: Where = None,
+) -> PyTree:
+    """View of the parameters in which every chosen leaf is a `mask_decay_weight`.
+
+    Args:
+      params: any PyTree of arrays. beta, gradient: see `mask_decay_weight`.
+      pattern: for example `NM(1, 8)`; masks come from `abs(w)`, anew at every call.
+      where: which leaves, see `selected_paths`.
+
+    Raises:
+      ValueError: `where` matches nothing or the pattern does not fit a leaf (named); otherwise as
+        `mask_decay_weight`.
+    """
+    return map_selected(
+        lambda path, w: _decayed(path, w, beta, pattern, gradient), params, where=where
+    )
+
+
+@jax.custom_vjp
+def _scale_straight_through(w: Array, factor: Array) -> Array:
+    return w * factor
+
+
+_scale_straight_through.defvjp(
+    lambda w, factor: (w * factor, None), lambda residuals, g: (g, jnp.zeros_like(g))
+)
+
+
+def _decayed(path: str, w: Any, beta: Any, pattern: NM, gradient: MaskGradient) -> Array:
+    name = path or "w"
+    _check_floating(name, w)
+    if gradient not in get_args(MaskGradient):
+        allowed = " and ".join(map(repr, get_args(MaskGradient)))
+        raise ValueError(f"gradient is {gradient!r}; allowed are {allowed}")
+    if is_concrete(beta) and not 0 <= beta <= 1:
+        raise ValueError(f"beta is {beta}; it must be in [0, 1]")
+    mask = leaf_mask(name, jnp.abs(lax.stop_gradient(w)), None, pattern)
+    one, beta = jnp.ones((), w.dtype), jnp.asarray(beta).astype(w.dtype)
+    factor = lax.stop_gradient(jnp.where(mask, one, beta))
+    return w * factor if gradient == "masked" else _scale_straight_through(w, factor)
+
+
 def srste_decay(
     pattern: Pattern, *, decay: Decay = 2e-4, where: Where = None, density: Density = None
 ) -> optax.GradientTransformation:
@@ -179,14 +266,18 @@ def _view(
     density: Density,
 ) -> Array:
     name = path or "w"
-    if not (is_array(w) and jnp.issubdtype(w.dtype, jnp.floating)):
-        raise TypeError(f"{name!r} must be floating point, not {getattr(w, 'dtype', type(w))}")
+    _check_floating(name, w)
     _check_decay(decay)
     if mask is None:
-        mask = leaf_mask(name, jnp.abs(jax.lax.stop_gradient(w)), density, pattern)
+        mask = leaf_mask(name, jnp.abs(lax.stop_gradient(w)), density, pattern)
     elif mask.shape != w.shape:
         raise ValueError(f"the mask of {name!r} has shape {mask.shape}, its weight {w.shape}")
     return project(w, mask, jnp.asarray(decay).astype(w.dtype))
+
+
+def _check_floating(name: str, w: Any) -> None:
+    if not (is_array(w) and jnp.issubdtype(w.dtype, jnp.floating)):
+        raise TypeError(f"{name!r} must be floating point, not {getattr(w, 'dtype', type(w))}")
 
 
 def _check_decay(decay: Decay) -> None:

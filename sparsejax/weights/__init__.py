@@ -41,6 +41,12 @@ from sparsejax.weights.one_shot import (
     merge_stats,
     wanda_mask,
 )
+from sparsejax.weights.progressive_gradient_flow import (
+    ProgressiveConfig,
+    gradient_noise,
+    progressive_recipe,
+    stage_at,
+)
 from sparsejax.weights.prune_model import BlockModel, prune_model
 from sparsejax.weights.quantize import Quantized, dequantize, quantize, quantize_params
 from sparsejax.weights.random_search import (
@@ -72,6 +78,7 @@ __all__ = [
     "Compressed24",
     "Hessian",
     "NMCompact",
+    "ProgressiveConfig",
     "PruneMethod",
     "Quantized",
     "ScaledLinear",
@@ -91,6 +98,7 @@ __all__ = [
     "dsnot_mask",
     "finish",
     "fold_and_prune",
+    "gradient_noise",
     "groups_in_pattern",
     "hessian",
     "init_scales",
@@ -107,6 +115,7 @@ __all__ = [
     "node_sampler",
     "pack_indices",
     "paired_comparison",
+    "progressive_recipe",
     "prune_model",
     "prune_sequential",
     "quantize",
@@ -120,6 +129,7 @@ __all__ = [
     "sparsegpt",
     "sparsegpt_score",
     "sparsity_report",
+    "stage_at",
     "unpack_indices",
     "wanda_mask",
 ]
