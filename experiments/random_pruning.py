@@ -106,9 +106,7 @@ PRESETS = {
 def optimizer(config: Config) -> optax.GradientTransformation:
     """SGD with momentum, coupled weight decay and a cosine."""
     rate = optax.cosine_decay_schedule(config.learning_rate, config.steps)
-    return optax.chain(
-        optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, config.momentum)
-    )
+    return digits.sgd(rate, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "config"))

@@ -11,7 +11,6 @@ from sparsejax import weights
 
 SLUG = "dsnot"
 STARTS = ("magnitude", "wanda")
-TRAIN = 1000  # images of the digits
 LABELS = {
     "magnitude": "magnitude",
     "wanda": "Wanda",
@@ -81,8 +80,8 @@ class Config(LanguageConfig):
             raise ExperimentError(f"threshold is {self.threshold}; it must not be negative")
         for name, most in (("mlp_batch", self.mlp_batch), ("sequences * sequence_length",
                                                            self.images)):  # fmt: skip
-            if most > TRAIN:
-                raise ExperimentError(f"{name} is {most}; there are {TRAIN} training images")
+            if most > digits.SPLIT:
+                raise ExperimentError(f"{name} is {most}; there are {digits.SPLIT} training images")
         if self.chunk < 1 or not self.amounts:
             raise ExperimentError(f"chunk is {self.chunk} and amounts {self.amounts}; give some")
         try:

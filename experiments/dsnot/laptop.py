@@ -10,9 +10,9 @@ import optax
 from flax import nnx
 from jaxtyping import Array, PyTree
 
-from experiments.dsnot.config import LABELS, SLUG, TRAIN, Arm, Config
+from experiments.dsnot.config import LABELS, SLUG, Arm, Config
 from experiments.harness import digits
-from experiments.harness.data import load_arrays, validation_windows
+from experiments.harness.data import validation_windows
 from experiments.harness.language import LanguageModel, dense_model
 from experiments.harness.perplexity import make_perplexity
 from experiments.harness.run import Run
@@ -20,33 +20,6 @@ from sparsejax import weights
 
 HIDDEN = ("layer0", "layer1", "layer2")  # the head stays dense
 ONE_SHOT = ("magnitude", "wanda", "sparsegpt")
-
-
-@functools.cache
-def load_digits() -> digits.Digits:
-    """The digits scaled to [-0.3, 0.7], cut by one fixed permutation into 1,000 and 797.
-
-    Unlike `digits.load_digits` no mean is taken off: mean outputs are what the swaps bring back.
-    """
-    parts = [load_arrays("small_digits", split) for split in ("train", "test")]
-    images = np.concatenate([part["image"] for part in parts]).reshape(-1, digits.INPUTS)
-    labels = np.concatenate([part["label"] for part in parts]).astype(np.int32)
-    order = np.random.default_rng(0).permutation(len(images))
-    x = (images // digits.LEVEL / 16 - 0.3).astype(np.float32)[order]
-    train, test = slice(TRAIN), slice(TRAIN, None)
-    y = labels[order]
-    return digits.Digits(*(jnp.asarray(a) for a in (x[train], y[train], x[test], y[test])))
-
-
-def batch_order(config: Config, seed: int) -> Array:
-    """Which training images each step sees: without replacement, each epoch in a new order."""
-    rng, whole = np.random.default_rng(seed), TRAIN // config.mlp_batch
-    epochs = [
-        rng.permutation(TRAIN)[: whole * config.mlp_batch]
-        for _ in range(-(-config.mlp_steps // whole))
-    ]
-    rows = np.concatenate(epochs).reshape(-1, config.mlp_batch)
-    return jnp.asarray(rows[: config.mlp_steps], jnp.int32)
 
 
 class Layer(nnx.Module):
@@ -66,9 +39,7 @@ class Layer(nnx.Module):
 def train_network(params: PyTree, order: Array, data: digits.Digits, *, config: Config) -> PyTree:
     """SGD with momentum, coupled weight decay and a cosine."""
     rate = optax.cosine_decay_schedule(config.mlp_learning_rate, config.mlp_steps)
-    tx = optax.chain(
-        optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, config.momentum)
-    )
+    tx = digits.sgd(rate, momentum=config.momentum, weight_decay=config.weight_decay)
     return digits.train(tx, params, order, data).params
 
 
@@ -79,7 +50,9 @@ def train_networks(config: Config, data: digits.Digits) -> list[PyTree]:
     return [
         train_network(
             digits.init_mlp(jax.random.key(seed), sizes),
-            batch_order(config, seed),
+            digits.batch_order(
+                seed, steps=config.mlp_steps, batch=config.mlp_batch, examples=digits.SPLIT
+            ),
             data,
             config=config,
         )

@@ -114,7 +114,7 @@ class Experiment:
       slug: its name. paper: title and source.
       presets: settings by name. run: does the work, given settings and a run folder.
       check: what `--preset paper` does where the setting cannot be run yet: builds everything
-        abstractly and returns lines to print. None runs it.
+        abstractly and returns lines to print, or none where nothing is in the way. None runs it.
     """
 
     slug: str

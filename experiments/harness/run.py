@@ -94,9 +94,11 @@ def execute(experiment: Experiment, config: Any) -> Result | None:
     """
     initialize_hosts(config)
     if config.preset == "paper" and experiment.check is not None:
-        for line in experiment.check(config):
+        lines = experiment.check(config)
+        for line in lines:
             Console(highlight=False).print(line, soft_wrap=True, markup=False)
-        return None
+        if lines:
+            return None
     run = Run(experiment.slug, config)
     run.console.print(f"[bold]{experiment.slug}[/] ({config.preset}) in {run.folder}")
     with _ctrl_c(run):

@@ -1,11 +1,11 @@
 """Meshes, and which device holds which part of a training state."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments.harness.config import ExperimentError, RunConfig
@@ -96,9 +96,10 @@ def check_groups(shardings: Any, masks: Any, pattern: NM, mesh: Mesh) -> None:
             )
 
 
-def place_batch(batch: np.ndarray, mesh: Mesh | None) -> jax.Array | np.ndarray:
-    """A host's part of a batch, laid out over the data axis."""
+def place_batch(batch: Any, mesh: Mesh | None) -> Any:
+    """A host's part of a batch, an array or a tree of them, laid out over the data axis."""
     if mesh is None:
         return batch
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-    return jax.make_array_from_process_local_data(sharding, batch)
+    place = functools.partial(jax.make_array_from_process_local_data, sharding)
+    return jax.tree.map(place, batch)

@@ -8,8 +8,8 @@ import pytest
 
 from experiments.dsnot import laptop
 from experiments.dsnot.__main__ import EXPERIMENT
-from experiments.dsnot.config import PRESETS, TRAIN, Arm, Config, list_arms
-from experiments.harness import cli
+from experiments.dsnot.config import PRESETS, Arm, Config, list_arms
+from experiments.harness import cli, digits
 from experiments.harness.run import execute
 
 
@@ -74,8 +74,8 @@ def test_the_whole_experiment_and_its_resumption(tmp_path, capsys):
 
 def test_networks_are_pruned_in_order_and_measured_with_their_own_inputs():
     config = dataclasses.replace(PRESETS["test"], seeds=1)
-    data = laptop.load_digits()
-    assert data.train_x.shape == (TRAIN, 64)
+    data = digits.load_digits(digits.SPLIT, digits.SHIFT)
+    assert data.train_x.shape == (1000, 64)
     assert data.test_x.shape == (797, 64)
     assert float(data.train_x.min()) == pytest.approx(-0.3)
     (dense,) = laptop.train_networks(config, data)

@@ -1,0 +1,346 @@
+"""Training of image classifiers by N:M and other sparsity methods: backbones, step, evaluation."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+import sparsejax as sj
+from experiments.harness.config import ExperimentError, RunConfig
+from experiments.harness.data.images import ImageData
+from experiments.harness.run import Run
+from experiments.harness.sharding import place_batch, state_shardings
+from experiments.harness.training import train
+from sparsejax.models import (
+    RESNET_SIZES,
+    VGG19,
+    VIT_SIZES,
+    ConvNetConfig,
+    ResNet,
+    ResNet9,
+    ViT,
+    resnet_config,
+    vit_config,
+)
+
+MLP = "mlp"
+_VIT = re.compile(rf"vit_({'|'.join(VIT_SIZES)})_patch([1-9]\d*)")
+Views = Callable[[PyTree, Array], PyTree]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig(RunConfig):
+    """Settings of an experiment that trains a classifier."""
+
+    dataset: str = "small_digits"
+    """A dataset of images of this project or of TFDS, by name."""
+    model: str = MLP
+    """mlp (on small_digits), or a backbone: resnet18, resnet20, resnet50, ..., resnet18_cifar, ...,
+    resnet9, vgg19, vit_tiny_patch16, ..., vit_large_patch16."""
+    image_size: int | None = None
+    """Side of the crops, where the images of a dataset differ in shape; 224 by default."""
+    epochs: int = 30
+    """Passes over the training images."""
+    batch: int = 50
+    """Images in a batch, over all devices."""
+    warmup_epochs: int = 0
+    """The learning rate rises linearly for so long, then falls to 0 along a cosine."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 5e-5
+    """Added to the gradient, of every parameter."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes."""
+    augment: Literal["none", "crop", "crop_flip"] = "crop_flip"
+    """Of a backbone's images: shifted by up to an eighth of their side, and mirrored."""
+    color_jitter: float = 0.0
+    """Largest random change of brightness, contrast and saturation, as a share."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of a backbone's activations; weights and optimiser are float32."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise ExperimentError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("momentum", "label_smoothing", "color_jitter"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ExperimentError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
+        if self.weight_decay < 0:
+            raise ExperimentError(f"weight_decay is {self.weight_decay}; it must not be negative")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ExperimentError(
+                f"warmup_epochs is {self.warmup_epochs}; it must be at least 0 and below epochs"
+            )
+        if self.is_mlp:
+            if self.dataset != "small_digits":
+                raise ExperimentError(
+                    f"model is mlp and dataset {self.dataset!r}; the mlp is for small_digits, name "
+                    "a backbone with --model"
+                )
+            if self.mesh is not None or self.multihost:
+                raise ExperimentError("mesh and multihost are for backbones: the mlp is one scan")
+        elif not (
+            self.model in RESNET_SIZES
+            or self.model in ("resnet9", "vgg19")
+            or _VIT.fullmatch(self.model)
+        ):
+            names = ("mlp", *RESNET_SIZES, "resnet9", "vgg19")
+            vits = ", ".join(f"vit_{size}_patchN" for size in VIT_SIZES)
+            raise ExperimentError(
+                f"model is {self.model!r}; known are {', '.join(names)} and {vits}"
+            )
+
+    @property
+    def is_mlp(self) -> bool:
+        """Whether the laptop's network on digits is trained."""
+        return self.model == MLP
+
+
+def learning_rate(
+    config: ImageConfig, steps_per_epoch: int, peak: float | Array
+) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
+    """The rate at a step: a linear warm-up, then a cosine to 0 counted from its end."""
+    warmup, steps = config.warmup_epochs * steps_per_epoch, config.epochs * steps_per_epoch
+
+    def rate(step: Int[Array, ""]) -> Float[Array, ""]:
+        rising = step / max(warmup, 1)
+        progress = (step - warmup) / max(steps - warmup, 1)
+        falling = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
+        return peak * jnp.where(step < warmup, rising, falling)
+
+    return rate
+
+
+def build_backbone(
+    config: ImageConfig, *, classes: int, side: int, channels: int, rngs: nnx.Rngs, **changes: Any
+) -> nnx.Module:
+    """The backbone that the settings name, for given images.
+
+    Args:
+      **changes: of the model's own configuration, for example a `base_width`.
+
+    Raises:
+      ExperimentError: a patch that does not divide the images.
+    """
+    sizes = {"num_classes": classes, "in_channels": channels, "dtype": config.dtype} | changes
+    vit = _VIT.fullmatch(config.model)
+    try:
+        if vit:
+            patch = {"patch_size": int(vit[2]), "image_size": side}
+            return ViT(vit_config(vit[1], **patch, **sizes), rngs=rngs)
+        if config.model in RESNET_SIZES:
+            return ResNet(resnet_config(config.model, **sizes), rngs=rngs)
+        kind = ResNet9 if config.model == "resnet9" else VGG19
+        return kind(ConvNetConfig(**sizes), rngs=rngs)
+    except ValueError as error:
+        raise ExperimentError(f"model {config.model}: {error}") from error
+
+
+def logits(model: Any, images: Array, *, train: bool) -> Float[Array, "b classes"]:
+    """The outputs of any backbone; vision transformers behave alike in training and after it."""
+    return model(images) if isinstance(model, ViT) else model(images, train=train)
+
+
+class Method(NamedTuple):
+    """How a backbone is trained.
+
+    Attributes:
+      build: rngs -> the model.
+      view: params, step -> the params of the forward pass.
+      transform: params, schedule -> optimiser; with the masks of those params in its state.
+      masks: params -> the mask tree whose changes are counted from epoch to epoch, or None.
+      start: params -> params before the first step.
+    """
+
+    build: Callable[[nnx.Rngs], nnx.Module]
+    view: Views = lambda params, step: params
+    transform: Callable[[PyTree, Any], optax.GradientTransformation] | None = None
+    masks: Callable[[PyTree], PyTree] | None = None
+    start: Callable[[PyTree], PyTree] = lambda params: params
+
+
+class Trainer(NamedTuple):
+    """`init(seed) -> state`, `step(state, batch) -> state, metrics`, `evaluate(state, batch)`."""
+
+    init: Callable[[int], dict[str, Any]]
+    step: Callable[[dict[str, Any], Any], tuple[dict[str, Any], dict[str, Array]]]
+    evaluate: Callable[[dict[str, Any], Any], dict[str, Array]]
+
+
+def make_trainer(
+    config: ImageConfig, method: Method, *, steps_per_epoch: int, peak: float, mean: Any,
+    deviation: Any,
+) -> Trainer:  # fmt: skip
+    """A training as pure functions of a state; jit them.
+
+    Args:
+      steps_per_epoch: of the schedule. peak: learning rate.
+      mean, deviation: of each channel, see `ImageData`.
+    """
+    graph, *_ = nnx.split(nnx.eval_shape(lambda: method.build(nnx.Rngs(0))), nnx.Param, ...)
+    rate = learning_rate(config, steps_per_epoch, peak)
+    mean, deviation = jnp.asarray(mean), jnp.asarray(deviation)
+
+    def optimizer(params: PyTree) -> optax.GradientTransformation:
+        if method.transform is not None:
+            return method.transform(params, rate)
+        return optax.chain(
+            optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, config.momentum)
+        )
+
+    def init(seed: int) -> dict[str, Any]:
+        _, params, rest = nnx.split(method.build(nnx.Rngs(seed)), nnx.Param, ...)
+        params = method.start(params)
+        state = {
+            "params": params,
+            "rest": rest,
+            "opt": optimizer(params).init(params),
+            "step": jnp.zeros((), jnp.int32),
+            "key": jax.random.key_data(jax.random.key(seed)),
+        }
+        if method.masks is not None:
+            state |= {"masks": method.masks(params), "flips": jnp.zeros((), jnp.int32)}
+        return state
+
+    def images(batch: Any) -> Array:
+        return (batch["image"].astype(jnp.float32) / 255 - mean) / deviation
+
+    def step(state: dict[str, Any], batch: Any) -> tuple[dict[str, Any], dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
+        x = augmented(key, images(batch), config)
+        count = state["step"]
+
+        def loss(params: PyTree) -> tuple[Array, PyTree]:
+            # new variables: batch statistics may only be written where they were made
+            fresh = jax.tree.map(lambda leaf: leaf, state["rest"])
+            model = nnx.merge(graph, method.view(params, count), fresh)
+            outputs = logits(model, x, train=True)
+            rest = nnx.split(model, nnx.Param, ...)[2]
+            targets = jax.nn.one_hot(batch["label"], outputs.shape[-1])
+            targets = optax.smooth_labels(targets, config.label_smoothing)
+            return optax.softmax_cross_entropy(outputs, targets).mean(), rest
+
+        (value, rest), grads = jax.value_and_grad(loss, has_aux=True)(state["params"])
+        updates, opt = optimizer(state["params"]).update(grads, state["opt"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        new = state | {"params": params, "rest": rest, "opt": opt, "step": count + 1}
+        metrics = {"loss": value}
+        if method.masks is not None:
+            # counted between the ends of epochs, wherever an epoch ends
+            due = (count + 1) % steps_per_epoch == 0
+            masks = jax.lax.cond(due, method.masks, lambda _: state["masks"], params)
+            new["masks"] = masks
+            new["flips"] = state["flips"] + sj.flips(state["masks"], masks)
+        return new, metrics
+
+    def evaluate(state: dict[str, Any], batch: Any) -> dict[str, Array]:
+        used = method.view(state["params"], jnp.maximum(state["step"] - 1, 0))
+        outputs = logits(nnx.merge(graph, used, state["rest"]), images(batch), train=False)
+        real = batch["label"] >= 0
+        labels = jnp.maximum(batch["label"], 0)
+        nats = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+        right = (jnp.argmax(outputs, -1) == labels) & real
+        return {"right": right.sum(), "nats": jnp.where(real, nats, 0).sum(), "count": real.sum()}
+
+    return Trainer(init, step, evaluate)
+
+
+def augmented(
+    key: PRNGKeyArray, x: Float[Array, "b h w c"], config: ImageConfig
+) -> Float[Array, "b h w c"]:
+    """Images shifted, mirrored and changed in colour at random, each for itself."""
+    shift, mirror, jitter = jax.random.split(key, 3)
+    b, h, w, _ = x.shape
+    if config.augment != "none":
+        pad = max(1, h // 8)
+        padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        corners = jax.random.randint(shift, (b, 2), 0, 2 * pad + 1)
+        cut = lambda image, at: jax.lax.dynamic_slice(  # noqa: E731
+            image, (at[0], at[1], 0), (h, w, image.shape[-1])
+        )
+        x = jax.vmap(cut)(padded, corners)
+    if config.augment == "crop_flip":
+        flip = jax.random.bernoulli(mirror, 0.5, (b, 1, 1, 1))
+        x = jnp.where(flip, x[:, :, ::-1], x)
+    if config.color_jitter:
+        low, high = 1 - config.color_jitter, 1 + config.color_jitter
+        bright, contrast, saturate = (
+            jax.random.uniform(k, (b, 1, 1, 1), minval=low, maxval=high)
+            for k in jax.random.split(jitter, 3)
+        )
+        x = x * bright
+        x = jnp.mean(x, (1, 2, 3), keepdims=True) * (1 - contrast) + x * contrast
+        x = jnp.mean(x, -1, keepdims=True) * (1 - saturate) + x * saturate
+    return x
+
+
+def train_backbone(
+    run: Run, trial: str, config: ImageConfig, data: ImageData, method: Method, *, seed: int,
+    peak: float, mesh: Mesh | None, slug: str,
+) -> dict[str, float]:  # fmt: skip
+    """Trains and measures on the test images; resumes where it was stopped.
+
+    Args:
+      trial: its name. peak: learning rate.
+
+    Returns:
+      `test_accuracy` in percent, `test_loss` in nats, `train_loss` of the last epoch's batches,
+      and with `method.masks` `flips`, the mask bits changed between the ends of epochs in all.
+    """
+    hosts = jax.process_count()
+    if config.batch % hosts:
+        raise ExperimentError(f"batch is {config.batch}; {hosts} processes must divide it")
+    steps_per_epoch = data.examples // config.batch
+    if not steps_per_epoch:
+        raise ExperimentError(f"batch is {config.batch}; there are {data.examples} images")
+    trainer = make_trainer(config, method, steps_per_epoch=steps_per_epoch, peak=peak,
+                           mean=data.mean, deviation=data.deviation)  # fmt: skip
+    state = trainer.init(seed)
+    shardings = None
+    if mesh is not None:
+        shardings = state_shardings(state, {}, mesh)
+        state = jax.device_put(state, shardings)
+    step = jax.jit(trainer.step, donate_argnums=0,
+                   out_shardings=None if mesh is None else (shardings, None))  # fmt: skip
+    shard = (jax.process_index(), hosts)
+    state = train(
+        run,
+        trial,
+        state=state,
+        step=step,
+        batches=data.batches(batch=config.batch // hosts, seed=seed, shard=shard),
+        steps=config.epochs * steps_per_epoch,
+        mesh=mesh,
+        slug=slug,
+    )
+    evaluate = jax.jit(trainer.evaluate)
+    totals: dict[str, float] = {"right": 0, "nats": 0, "count": 0}
+    for batch in data.test_batches(config.batch):
+        for name, value in evaluate(state, _everywhere(batch, mesh)).items():
+            totals[name] += float(value)
+    lines = [line for line in run.metrics(trial) if "loss" in line]
+    last = [line["loss"] for line in lines if line["step"] > (config.epochs - 1) * steps_per_epoch]
+    found = {
+        "test_accuracy": 100 * totals["right"] / totals["count"],
+        "test_loss": totals["nats"] / totals["count"],
+        "train_loss": sum(last) / max(len(last), 1),
+    }
+    return found | ({"flips": int(state["flips"])} if method.masks is not None else {})
+
+
+def _everywhere(batch: Any, mesh: Mesh | None) -> Any:
+    """A whole batch on every process, cut over the data axis."""
+    hosts = jax.process_count()
+    if hosts == 1:
+        return place_batch(batch, mesh)
+    index = jax.process_index()
+    part = jax.tree.map(lambda a: a[len(a) // hosts * index : len(a) // hosts * (index + 1)], batch)
+    return place_batch(part, mesh)
