@@ -103,7 +103,7 @@ def batch_order(
 
 
 def sgd(
-    rate: optax.ScalarOrSchedule, *, momentum: float | Array, weight_decay: float | Array
+    rate: Any, *, momentum: float | Array, weight_decay: float | Array
 ) -> optax.GradientTransformation:
     """SGD with momentum and coupled weight decay, of every parameter."""
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum))

@@ -52,10 +52,12 @@ class ImageConfig(RunConfig):
     """Images in a batch, over all devices."""
     warmup_epochs: int = 0
     """The learning rate rises linearly for so long, then falls to 0 along a cosine."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or for a backbone AdamW with gradients clipped to a norm of 1."""
     momentum: float = 0.9
     """Of SGD."""
     weight_decay: float = 5e-5
-    """Added to the gradient, of every parameter."""
+    """Of every parameter: added to the gradient by SGD, apart from it by AdamW."""
     label_smoothing: float = 0.0
     """Share of the target that is spread over all classes."""
     augment: Literal["none", "crop", "crop_flip"] = "crop_flip"
@@ -85,6 +87,8 @@ class ImageConfig(RunConfig):
                     f"model is mlp and dataset {self.dataset!r}; the mlp is for small_digits, name "
                     "a backbone with --model"
                 )
+            if self.optimizer != "sgd":
+                raise ExperimentError(f"optimizer is {self.optimizer!r}; the mlp takes sgd")
             if self.mesh is not None or self.multihost:
                 raise ExperimentError("mesh and multihost are for backbones: the mlp is one scan")
         elif not (
@@ -117,6 +121,15 @@ def learning_rate(
         return peak * jnp.where(step < warmup, rising, falling)
 
     return rate
+
+
+def make_optimizer(config: ImageConfig, rate: Any) -> optax.GradientTransformation:
+    """The optimiser that the settings name."""
+    if config.optimizer == "adamw":
+        adamw = optax.adamw(rate, weight_decay=config.weight_decay)
+        return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+    decay = optax.add_decayed_weights(config.weight_decay)
+    return optax.chain(decay, optax.sgd(rate, config.momentum))
 
 
 def build_backbone(
@@ -155,14 +168,16 @@ class Method(NamedTuple):
     Attributes:
       build: rngs -> the model.
       view: params, step -> the params of the forward pass.
-      transform: params, schedule -> optimiser; with the masks of those params in its state.
+      transform: params, optimiser -> the optimiser that is used; masks are those of the params.
       masks: params -> the mask tree whose changes are counted from epoch to epoch, or None.
       start: params -> params before the first step.
     """
 
     build: Callable[[nnx.Rngs], nnx.Module]
     view: Views = lambda params, step: params
-    transform: Callable[[PyTree, Any], optax.GradientTransformation] | None = None
+    transform: Callable[[PyTree, optax.GradientTransformation], optax.GradientTransformation] = (
+        lambda params, inner: inner
+    )
     masks: Callable[[PyTree], PyTree] | None = None
     start: Callable[[PyTree], PyTree] = lambda params: params
 
@@ -190,11 +205,7 @@ def make_trainer(
     mean, deviation = jnp.asarray(mean), jnp.asarray(deviation)
 
     def optimizer(params: PyTree) -> optax.GradientTransformation:
-        if method.transform is not None:
-            return method.transform(params, rate)
-        return optax.chain(
-            optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, config.momentum)
-        )
+        return method.transform(params, make_optimizer(config, rate))
 
     def init(seed: int) -> dict[str, Any]:
         _, params, rest = nnx.split(method.build(nnx.Rngs(seed)), nnx.Param, ...)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Shaped, UInt8
@@ -13,9 +13,6 @@ from experiments.harness.data.arrays import load_arrays
 from experiments.harness.data.batches import epoch_batches
 from experiments.harness.data.errors import DatasetError
 from experiments.harness.data.load import load_source, open_builder
-
-if TYPE_CHECKING:
-    import grain
 
 IN_MEMORY = 2**30  # bytes of a split's pixels
 PROBE = 1000  # images that mean and deviation are taken from
@@ -47,12 +44,11 @@ class ImageData:
     mean: Float[np.ndarray, "c"]
     deviation: Float[np.ndarray, "c"]
 
-    def batches(
-        self, *, batch: int, seed: int, shard: tuple[int, int] = (0, 1)
-    ) -> "grain.DatasetIterator[Batch]":
+    def batches(self, *, batch: int, seed: int, shard: tuple[int, int] = (0, 1)) -> Any:
         """Endless training batches: `image` uint8 `[batch, side, side, channels]`, and `label`.
 
-        Images that are not of one side are cropped at random. `shard` as for `epoch_batches`.
+        A grain iterator, whose state can be kept. Images that are not of one side are cropped at
+        random. `shard` as for `epoch_batches`.
         """
         if self.fixed:
             return epoch_batches(self.train, batch=batch, seed=seed, shard=shard)
@@ -107,20 +103,30 @@ def load_images(name: str, *, side: int | None = None) -> ImageData:
     fixed = None not in shape and height == width
     if fixed and side not in (None, height):
         raise DatasetError(f"the images of {name!r} are {height} pixels wide, not {side}")
-    side = height if fixed else (side or 224)
+    size: int = height if fixed else (side or 224)
     if fixed and math.prod(shape) * info.splits["train"].num_examples <= IN_MEMORY:
-        parts = [_labelled(load_arrays(name, split)) for split in ("train", test)]
-        count, probe = len(parts[0]["label"]), parts[0]["image"][:PROBE]
+        train, held = (_labelled(load_arrays(name, split)) for split in ("train", test))
+        count, probe = len(train["label"]), train["image"][:PROBE]
     else:
         fixed = False
-        parts = [load_source(name, split) for split in ("train", test)]
-        count = len(parts[0])
-        records = (parts[0][i] for i in range(min(PROBE, count)))
-        probe = np.stack([_central_crop(record, side=side)["image"] for record in records])
+        train, held = (load_source(name, split) for split in ("train", test))
+        count = len(train)
+        records = (train[i] for i in range(min(PROBE, count)))
+        probe = np.stack([_central_crop(record, side=size)["image"] for record in records])
     pixels = probe.astype(np.float32) / 255
     mean, deviation = pixels.mean((0, 1, 2)), pixels.std((0, 1, 2))
-    return ImageData(name, classes, side, channels or 3, *parts, count, fixed, mean,
-                     np.maximum(deviation, 1e-3))  # fmt: skip
+    return ImageData(
+        name=name,
+        classes=classes,
+        side=size,
+        channels=channels or 3,
+        train=train,
+        test=held,
+        examples=count,
+        fixed=fixed,
+        mean=mean,
+        deviation=np.maximum(deviation, 1e-3),
+    )
 
 
 def _labelled(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
