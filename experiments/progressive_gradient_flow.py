@@ -14,8 +14,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, PyTree
 
 import sparsejax as sj
 from experiments.harness import digits
@@ -46,7 +45,7 @@ from experiments.harness.plots import COLORS, draw_curves, new_figure, save
 from experiments.harness.progress import mean_and_deviation
 from experiments.harness.run import Run
 from experiments.harness.sharding import make_mesh
-from sparsejax.weights import ProgressiveConfig, gradient_noise, progressive_recipe
+from sparsejax.weights import ProgressiveConfig, gradient_noise, progressive_view
 from sparsejax.weights.progressive_gradient_flow import Recipe
 
 SLUG = "progressive_gradient_flow"
@@ -169,29 +168,12 @@ PRESETS = {
 }  # fmt: skip
 
 
-def make_view(recipe: ProgressiveConfig, where: sj.Where) -> Callable[[PyTree, Array], PyTree]:
-    """The recipe's view by the step alone: the stages of a pattern are branches of one program."""
-    view, stage_of = progressive_recipe(recipe, where=where)
-    stages = [stage_of(epoch) for epoch in range(recipe.epochs)]
-    if set(stages) == {None}:
-        return lambda params, step: view(params, step)
-    present = sorted(set(stages), key=lambda s: -1 if s is None else s)
-    branch_of = jnp.asarray([present.index(s) for s in stages], jnp.int32)
-    branches = [functools.partial(view, step=0, stage=stage) for stage in present]
-
-    def staged(params: PyTree, step: Int[Array, ""]) -> PyTree:
-        epoch = jnp.minimum(step // recipe.steps_per_epoch, recipe.epochs - 1)
-        return lax.switch(branch_of[epoch], branches, params)
-
-    return staged
-
-
 @functools.partial(jax.jit, static_argnames=("recipe", "config"))
 def train_digits(params: PyTree, order: Array, data: digits.Digits, peak: Array, *,
                  recipe: ProgressiveConfig, config: Config) -> dict[str, Array]:  # fmt: skip
     """One training of the digits network."""
     where, pattern = hidden_layers(LAYERS), sj.NM(config.n, config.m)
-    view = make_view(recipe, where)
+    view = progressive_view(recipe, where=where)
     last, test = order.shape[0] * order.shape[1] - 1, (data.test_x, data.test_y)
 
     def observe(before: PyTree, after: PyTree) -> dict[str, Array]:
@@ -284,7 +266,7 @@ def plan(config: Config, recipe: ProgressiveConfig, build: Any) -> Method:
     pattern = sj.NM(config.n, config.m)
     return Method(
         build,
-        view=make_view(recipe, scope(config)),
+        view=progressive_view(recipe, where=scope(config)),
         masks=lambda params: nm_masks(params, pattern, scope(config)),
     )
 

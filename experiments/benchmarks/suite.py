@@ -46,6 +46,8 @@ def run_suite(
     builders: Sequence[Builder],
     sizes: Callable[[Any], str],
     arguments: list[str] | None = None,
+    *,
+    columns: Callable[[Any], Mapping[str, Mapping[str, str]]] = lambda config: {},
 ) -> None:
     """Measures the groups of a benchmark, prints a table and writes `<out>/benchmarks/<name>.json`.
 
@@ -53,6 +55,7 @@ def run_suite(
       name: `python -m experiments.benchmarks.<name>`. description: for its help.
       presets: settings by name; they have `min_seconds`.
       builders: settings -> groups. sizes: settings -> what is measured, in words.
+      columns: settings -> row -> more columns, by heading.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m experiments.benchmarks.{name}", description=description
@@ -82,9 +85,11 @@ def run_suite(
                 )
                 timings += found.values()
                 goals |= group.goals
+    with console.status("measuring what is beside the time"):
+        more = columns(config)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
     title = f"{sizes(config)}\n({chosen.preset}, {device})"
-    table, rows = timing_table(title, timings, goals)
+    table, rows = timing_table(title, timings, goals, more)
     console.print(table)
     loads = [round(load, 2), round(os.getloadavg()[0], 2)]
     report = {

@@ -9,6 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -128,7 +129,10 @@ def compare(
 
 
 def timing_table(
-    title: str, timings: Sequence[Timing], goals: Mapping[str, Goal]
+    title: str,
+    timings: Sequence[Timing],
+    goals: Mapping[str, Goal],
+    more: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
 ) -> tuple[Table, list[dict[str, Any]]]:
     """Shows timings beside their goals.
 
@@ -136,12 +140,18 @@ def timing_table(
       title: above the table.
       timings: a row each; a baseline comes before what is compared with it, which is indented.
       goals: by the name of the timing; the others have none.
+      more: further columns, by the name of the timing and the heading.
 
     Returns:
       The table, and the same rows for JSON with times in milliseconds.
     """
-    rows = [_as_row(timing, goals.get(timing.name)) for timing in timings]
-    table = make_table(title, HEADER, [_as_text(t, goals.get(t.name)) for t in timings])
+    headings = list(dict.fromkeys(name for cells in more.values() for name in cells))
+    rows, lines = [], []
+    for timing in timings:
+        cells, goal = more.get(timing.name, {}), goals.get(timing.name)
+        rows.append(_as_row(timing, goal) | dict(cells))
+        lines.append(_as_text(timing, goal) + [cells.get(name, "") for name in headings])
+    table = make_table(title, (*HEADER, *headings), lines)
     table.caption = "ratio: of the medians, to the row above that is not indented"
     table.caption_justify = "left"
     for column in table.columns[1:]:

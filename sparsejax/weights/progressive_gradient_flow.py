@@ -9,11 +9,13 @@ transformers (2024).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
 from sparsejax.core.dtypes import widen
@@ -197,7 +199,8 @@ def progressive_recipe(
 
     `view(params, step, stage=None)` gives the parameters for the forward pass; differentiate
     through it. `step` may be traced. Only the "sdgf" recipes look at `stage`, a static number from
-    `stage(epoch)` (None: dense); each stage is a program of its own, or a branch of `lax.switch`.
+    `stage(epoch)` (None: dense); each stage is a program of its own, unless `progressive_view`
+    makes it a branch of one.
 
     Args:
       config: the recipe. where: which leaves, see `selected_paths`; the feed-forward kernels in the
@@ -236,6 +239,38 @@ def progressive_recipe(
         return ste(params, patterns[stage], where=where)
 
     return view, lambda epoch: stage_at(table, epoch) if staged else None
+
+
+def progressive_view(
+    config: ProgressiveConfig, *, where: Where = None
+) -> Callable[[PyTree, int | Int[Array, ""]], PyTree]:
+    """The view of a recipe by the step alone: its stages are branches of one program.
+
+    Args:
+      config, where: see `progressive_recipe`.
+
+    Returns:
+      `view(params, step)`; after the last epoch, its stage holds.
+
+    >>> config = ProgressiveConfig("sdgf_stepwise", 1, 4, epochs=3, dense_fraction=0.0)
+    >>> params = {"kernel": jnp.arange(4.0).reshape(4, 1)}
+    >>> view = jax.jit(progressive_view(config))
+    >>> [view(params, step)["kernel"][:, 0].tolist() for step in (0, 2)]
+    [[0.0, 1.0, 2.0, 3.0], [0.0, 0.0, 0.0, 3.0]]
+    """
+    view, stage_of = progressive_recipe(config, where=where)
+    stages = [stage_of(epoch) for epoch in range(config.epochs)]
+    if set(stages) == {None}:
+        return view
+    present = list(dict.fromkeys(stages))
+    branch_of = jnp.asarray([present.index(stage) for stage in stages], jnp.int32)
+    branches = [functools.partial(view, step=0, stage=stage) for stage in present]
+
+    def by_step(params: PyTree, step: int | Int[Array, ""]) -> PyTree:
+        epoch = jnp.clip(step // config.steps_per_epoch, 0, config.epochs - 1)
+        return lax.switch(branch_of[epoch], branches, params)
+
+    return by_step
 
 
 def gradient_noise(grads: PyTree) -> PyTree:

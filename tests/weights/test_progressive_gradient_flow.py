@@ -193,13 +193,9 @@ def test_stages_tighten_and_hold_to_the_end():
 @pytest.mark.standard_promotion
 def test_one_program_under_scan_with_traced_steps_and_stages_by_switch():
     view, _ = recipe("mdgf_exp")
-    staged, stage_of = recipe("sdgf_stepwise", m=8)
-    table = jnp.asarray([(-1 if (s := stage_of(e)) is None else s) + 1 for e in range(10)])
+    config = dataclasses.replace(CONFIG, recipe="sdgf_stepwise", m=8)
+    by_switch = weights.progressive_view(config)
     tx = optax.sgd(0.1)
-
-    def by_switch(params, step):
-        branches = [functools.partial(staged, step=step, stage=s) for s in (None, 0, 1, 2, 3)]
-        return lax.switch(table[step // 10], branches, params)
 
     def train(view, params):
         def body(carry, step):

@@ -1,0 +1,256 @@
+"""Every way of training N:M sparsity on one model: the time of a step, and the loss it ends with.
+
+`python -m experiments.benchmarks.nm_training` trains the laptop LLaMA from scratch on real text by
+each method at 2:4 and at 1:8, with the same batches and the same AdamW or its sparse counterpart,
+measures the loss on held-out text with the pruned weights, and times single steps in turns.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import lax
+
+import sparsejax as sj
+from experiments.benchmarks.suite import Group, run_suite, small_llama, stepping
+from experiments.harness.data import (
+    corpus_from_dataset,
+    get_tokenizer,
+    tokenize,
+    validation_windows,
+    window_batches,
+)
+from experiments.harness.language import cross_entropy, rate_shape
+from experiments.harness.timing import Goal
+from sparsejax import weights
+from sparsejax.models import Llama, LlamaConfig, llama_config, parameter_count
+from sparsejax.weights import ProgressiveConfig, progressive_view
+
+PROJECTIONS = r"_proj/kernel$"
+GOAL = Goal(1.4)
+SRSTE_DECAY, L1_DECAY, MASK_PERIOD = 2e-4, 2e-4, 10
+EPOCHS = 20  # the recipes' clock: a twentieth of training
+Pruned = Callable[[Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of a run.
+
+    Attributes:
+      model, batch, seq_len: the LLaMA that is trained, and its batch.
+      steps, rates: of a training, and the peak learning rates of which each method takes its best.
+      eval_windows: held-out windows that the loss is measured on.
+      patterns: n and m. rounds: measurements of each step.
+      min_seconds: what one measurement lasts at least.
+    """
+
+    model: LlamaConfig = llama_config("laptop")  # noqa: RUF009 (frozen)
+    batch: int = 16
+    seq_len: int = 64
+    steps: int = 600
+    rates: tuple[float, ...] = (3e-3, 1e-3)
+    eval_windows: int = 256
+    patterns: tuple[tuple[int, int], ...] = ((2, 4), (1, 8))
+    rounds: int = 21
+    min_seconds: float = 0.05
+
+
+PRESETS = {
+    "laptop": Config(),
+    "test": Config(
+        model=llama_config("laptop", d_model=16, n_layers=1, d_ff=32),
+        batch=2,
+        seq_len=8,
+        steps=20,
+        rates=(3e-3,),
+        eval_windows=4,
+        patterns=((2, 4),),
+        rounds=2,
+        min_seconds=1e-4,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One way to train.
+
+    Attributes:
+      view: trainable parameters, step -> the parameters of the forward pass.
+      finish: trainable parameters -> the sparse ones.
+      transform: schedule -> optimiser.
+      start: parameters -> trainable parameters.
+      graph: of a model whose layers multiply in another way; None for the plain one.
+    """
+
+    view: Callable[[Any, Any], Any] = lambda trained, step: trained
+    finish: Pruned = lambda trained: trained
+    transform: Callable[[Any], optax.GradientTransformation] = optax.adamw
+    start: Callable[[Any], Any] = lambda params: params
+    graph: Any = None
+
+
+def build_methods(config: Config, n: int, m: int) -> Mapping[str, Method]:
+    """The methods at n:m, by name."""
+    pattern = sj.NM(n, m)
+
+    def prune(params: Any) -> Any:
+        return sj.prune(params, pattern=pattern, where=PROJECTIONS)[0]
+
+    per_epoch = max(1, config.steps // EPOCHS)
+
+    def progressive(recipe: Any) -> Method:
+        settings = ProgressiveConfig(recipe, n, m, epochs=EPOCHS, steps_per_epoch=per_epoch)
+        return Method(progressive_view(settings, where=PROJECTIONS), prune)
+
+    def cast(rate: Any) -> optax.GradientTransformation:
+        return weights.adams(
+            rate,
+            total_steps=config.steps,
+            l1_decay=L1_DECAY,
+            mask_period=MASK_PERIOD,
+            pattern=pattern,
+            where=rf"^weights/.*{PROJECTIONS}",
+        )
+
+    return {
+        "dense": Method(),
+        "STE": Method(lambda p, step: sj.ste(p, pattern, where=PROJECTIONS), prune),
+        "SR-STE": Method(
+            lambda p, step: sj.sr_ste(p, pattern, decay=SRSTE_DECAY, where=PROJECTIONS), prune
+        ),
+        "mask decay": progressive("mdgf_exp"),
+        "structure decay": progressive("sdgf_stepwise"),
+        "BDWP": Method(finish=prune, graph=_bdwp_graph(config.model, pattern)),
+        "CAST": Method(
+            lambda trained, step: weights.scale_params(trained["weights"], trained["scales"]),
+            lambda trained: weights.finish(
+                trained["weights"], trained["scales"], pattern=pattern, where=PROJECTIONS
+            )[0],
+            cast,
+            lambda params: {
+                "weights": params,
+                "scales": weights.init_scales(params, where=PROJECTIONS),
+            },
+        ),
+    }
+
+
+@functools.cache
+def _bdwp_graph(config: LlamaConfig, pattern: sj.NM) -> Any:
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    sparse = weights.bdwp_model(model, pattern, decay=SRSTE_DECAY, where=PROJECTIONS)
+    return nnx.split(sparse)[0]
+
+
+def make_optimizer(config: Config, method: Method, rate: Any) -> optax.GradientTransformation:
+    """The method's optimiser with this peak learning rate."""
+    shape = rate_shape(config.steps)
+    return method.transform(lambda count: rate * shape(count))
+
+
+def make_step(config: Config, method: Method, rate: Any) -> Callable[..., Any]:
+    """`(params, state), windows, step -> (params, state)` of a method."""
+    graph = method.graph or small_llama(config.model)[0]
+    tx = make_optimizer(config, method, rate)
+
+    def step(carry: Any, windows: jax.Array, count: Any) -> Any:
+        trained, state = carry
+
+        def loss(trained: Any) -> jax.Array:
+            logits = nnx.merge(graph, method.view(trained, count))(windows[:, :-1])
+            return cross_entropy(logits, windows[:, 1:])
+
+        updates, state = tx.update(jax.grad(loss)(trained), state, trained)
+        return optax.apply_updates(trained, updates), state
+
+    return step
+
+
+def step_groups(config: Config) -> Iterator[Group]:
+    """Single steps of every method, after the dense phase of the recipes."""
+    params = small_llama(config.model)[1]
+    shape = (config.batch, config.seq_len + 1)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape)
+    windows = jnp.asarray(tokens, jnp.int32)
+    for n, m in config.patterns:
+        names = {method: label(method, n, m) for method in build_methods(config, n, m)}
+        functions = {}
+        for method, parts in build_methods(config, n, m).items():
+            late = jnp.int32(config.steps - 1)  # the sparsest stage
+            functions[names[method]] = stepping(
+                make_step(config, parts, 1e-3),
+                parts.start(params),
+                make_optimizer(config, parts, 1e-3),
+                windows,
+                late,
+            )
+        baseline = names["dense"]
+        goals = {name: GOAL for name in functions if name != baseline}
+        yield Group(functions, baseline, config.rounds, goals)
+
+
+def label(method: str, n: int, m: int) -> str:
+    """The row of a method."""
+    return f"{n}:{m}, {method}"
+
+
+def final_losses(config: Config) -> dict[str, dict[str, str]]:
+    """Loss on held-out text after training, of the pruned weights, at each method's best rate."""
+    tokenizer = get_tokenizer("ascii")
+    text = tokenize(corpus_from_dataset("python_text"), tokenizer)
+    held = validation_windows(text.validation, config.seq_len)[: config.eval_windows]
+    batches = window_batches(text.train, seq_len=config.seq_len, batch=config.batch, seed=0)
+    seen = jnp.asarray(np.stack([next(batches) for _ in range(config.steps)]))
+    graph, params = small_llama(config.model)
+    found: dict[str, dict[str, str]] = {}
+
+    @jax.jit
+    def evaluate(sparse: Any) -> jax.Array:
+        windows = jnp.asarray(held)
+        return cross_entropy(nnx.merge(graph, sparse)(windows[:, :-1]), windows[:, 1:])
+
+    for n, m in config.patterns:
+        for name, method in build_methods(config, n, m).items():
+
+            @jax.jit
+            def train(params: Any, rate: Any, method: Method = method) -> Any:
+                trained = method.start(params)
+                step = make_step(config, method, rate)
+                state = make_optimizer(config, method, rate).init(trained)
+                counts = jnp.arange(config.steps)
+                (trained, _), _ = lax.scan(
+                    lambda carry, xs: (step(carry, *xs), None), (trained, state), (seen, counts)
+                )
+                return method.finish(trained)
+
+            losses = {rate: float(evaluate(train(params, rate))) for rate in config.rates}
+            best = min(losses, key=lambda rate: losses[rate])
+            found[label(name, n, m)] = {"held-out loss": f"{losses[best]:.3f}",
+                                        "best rate": f"{best:g}"}  # fmt: skip
+    return found
+
+
+def sizes(config: Config) -> str:
+    """What is measured."""
+    return (
+        f"a LLaMA with {parameter_count(config.model):,} parameters, {config.steps} steps of "
+        f"{config.batch} x {config.seq_len} tokens from scratch; nats a character after pruning"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures, prints the table and writes `<out>/benchmarks/nm_training.json`."""
+    run_suite("nm_training", __doc__, PRESETS, (step_groups,), sizes, arguments,
+              columns=final_losses)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
