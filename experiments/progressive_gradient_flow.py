@@ -264,10 +264,17 @@ def scope(config: Config) -> Callable[[str, Any], bool]:
 def plan(config: Config, recipe: ProgressiveConfig, build: Any) -> Method:
     """How a backbone is trained by a recipe."""
     pattern = sj.NM(config.n, config.m)
+
+    def measure(grads: PyTree) -> dict[str, Array]:
+        noise = dict(sj.named_leaves(gradient_noise(grads)))
+        chosen = [noise[path] for path in sj.selected_paths(grads, scope(config))]
+        return {"grad_variance": jnp.mean(jnp.stack(chosen))}
+
     return Method(
         build,
         view=progressive_view(recipe, where=scope(config)),
         masks=lambda params: nm_masks(params, pattern, scope(config)),
+        measure=measure,
     )
 
 
@@ -365,7 +372,7 @@ def draw(config: Config, run: Run, found: Found, labels: dict[str, str]) -> None
                 axes.set_yscale("log")
             axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
             save(figure, run.folder / f"{name}.png")
-    figure, axes = new_figure(title, "variance of the second layer's gradient", "test accuracy (%)",
+    figure, axes = new_figure(title, "gradient variance", "test accuracy (%)",
                               size=(8.5, 4.6))  # fmt: skip
     for i, (arm, by_rate) in enumerate(found.items()):
         metrics = best_rate(by_rate)[1]

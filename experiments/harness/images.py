@@ -171,6 +171,7 @@ class Method(NamedTuple):
       transform: params, optimiser -> the optimiser that is used; masks are those of the params.
       masks: params -> the mask tree whose changes are counted from epoch to epoch, or None.
       start: params -> params before the first step.
+      measure: gradients -> scalars by name, logged beside the loss.
     """
 
     build: Callable[[nnx.Rngs], nnx.Module]
@@ -180,6 +181,7 @@ class Method(NamedTuple):
     )
     masks: Callable[[PyTree], PyTree] | None = None
     start: Callable[[PyTree], PyTree] = lambda params: params
+    measure: Callable[[PyTree], dict[str, Array]] = lambda gradients: {}
 
 
 class Trainer(NamedTuple):
@@ -230,9 +232,8 @@ def make_trainer(
         count = state["step"]
 
         def loss(params: PyTree) -> tuple[Array, PyTree]:
-            # new variables: batch statistics may only be written where they were made
-            fresh = jax.tree.map(lambda leaf: leaf, state["rest"])
-            model = nnx.merge(graph, method.view(params, count), fresh)
+            # copied: batch statistics may only be written where they were made
+            model = nnx.merge(graph, method.view(params, count), state["rest"], copy=True)
             outputs = logits(model, x, train=True)
             rest = nnx.split(model, nnx.Param, ...)[2]
             targets = jax.nn.one_hot(batch["label"], outputs.shape[-1])
@@ -243,7 +244,7 @@ def make_trainer(
         updates, opt = optimizer(state["params"]).update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         new = state | {"params": params, "rest": rest, "opt": opt, "step": count + 1}
-        metrics = {"loss": value}
+        metrics = {"loss": value, **method.measure(grads)}
         if method.masks is not None:
             # counted between the ends of epochs, wherever an epoch ends
             due = (count + 1) % steps_per_epoch == 0
@@ -303,8 +304,9 @@ def train_backbone(
       trial: its name. peak: learning rate.
 
     Returns:
-      `test_accuracy` in percent, `test_loss` in nats, `train_loss` of the last epoch's batches,
-      and with `method.masks` `flips`, the mask bits changed between the ends of epochs in all.
+      `test_accuracy` in percent, `test_loss` in nats, `train_loss` over the last epoch, what
+      `method.measure` logged over the second half, and with `method.masks` `flips`, the mask bits
+      changed between the ends of epochs in all.
     """
     hosts = jax.process_count()
     if config.batch % hosts:
@@ -337,12 +339,18 @@ def train_backbone(
     for batch in data.test_batches(config.batch):
         for name, value in evaluate(state, _everywhere(batch, mesh)).items():
             totals[name] += float(value)
-    lines = [line for line in run.metrics(trial) if "loss" in line]
-    last = [line["loss"] for line in lines if line["step"] > (config.epochs - 1) * steps_per_epoch]
+    steps, lines = config.epochs * steps_per_epoch, run.metrics(trial)
+
+    def logged(name: str, first: int) -> float:
+        values = [line[name] for line in lines if line["step"] > first and name in line]
+        return sum(values) / max(len(values), 1)
+
+    measured = {name for line in lines for name in line} - {"trial", "step", "loss"}
     found = {
         "test_accuracy": 100 * totals["right"] / totals["count"],
         "test_loss": totals["nats"] / totals["count"],
-        "train_loss": sum(last) / max(len(last), 1),
+        "train_loss": logged("loss", steps - steps_per_epoch),
+        **{name: logged(name, steps // 2) for name in sorted(measured)},
     }
     return found | ({"flips": int(state["flips"])} if method.masks is not None else {})
 

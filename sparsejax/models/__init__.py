@@ -2,10 +2,21 @@
 
 `Llama` is the LLaMA family of decoders and `Gpt` is GPT-2, with their named sizes, cache and
 generation; `load_hf` and `save_hf` read and write them as Hugging Face Transformers does,
-and `load_gguf` reads GGUF files.
+and `load_gguf` reads GGUF files. `ResNet`, `ResNet9`, `VGG19` and `ViT` classify images (channels
+last), `TextClassifier` texts.
 """
 
+from sparsejax.models.conv_layers import replicated_specs
+from sparsejax.models.convnets import VGG19, ResNet9
 from sparsejax.models.decoding import generate, init_cache
+from sparsejax.models.encoder import (
+    ENCODER_AXES,
+    ENCODER_RULES,
+    EncoderBlock,
+    encoder_param_specs,
+    full_attention,
+)
+from sparsejax.models.encoder_config import EncoderConfig
 from sparsejax.models.gguf import load_gguf
 from sparsejax.models.gguf_tokenizer import gguf_tokenizer
 from sparsejax.models.gpt import Gpt, GptBlock, LayerNorm
@@ -34,15 +45,41 @@ from sparsejax.models.llama_config import (
     parameter_count,
 )
 from sparsejax.models.loading import CheckpointError
+from sparsejax.models.resnet import BasicBlock, BottleneckBlock, ResNet
+from sparsejax.models.resnet_config import (
+    RESNET_SIZES,
+    ConvNetConfig,
+    ResNetConfig,
+    resnet_config,
+)
+from sparsejax.models.text_classifier import (
+    TEXT_CLASSIFIER_SIZES,
+    TextClassifier,
+    TextClassifierConfig,
+    text_classifier_config,
+)
+from sparsejax.models.vit import ViT
+from sparsejax.models.vit_config import VIT_SIZES, ViTConfig, vit_config
 
 __all__ = [
     "DEFAULT_RULES",
+    "ENCODER_AXES",
+    "ENCODER_RULES",
     "GPT_SIZES",
     "LLAMA_SIZES",
     "LOGICAL_AXES",
+    "RESNET_SIZES",
+    "TEXT_CLASSIFIER_SIZES",
+    "VGG19",
+    "VIT_SIZES",
     "Attention",
+    "BasicBlock",
+    "BottleneckBlock",
     "CheckpointError",
+    "ConvNetConfig",
     "DecoderBlock",
+    "EncoderBlock",
+    "EncoderConfig",
     "FeedForward",
     "Gpt",
     "GptBlock",
@@ -52,7 +89,16 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "RMSNorm",
+    "ResNet",
+    "ResNet9",
+    "ResNetConfig",
     "RopeScaling",
+    "TextClassifier",
+    "TextClassifierConfig",
+    "ViT",
+    "ViTConfig",
+    "encoder_param_specs",
+    "full_attention",
     "generate",
     "gguf_tokenizer",
     "gpt_config",
@@ -65,7 +111,11 @@ __all__ = [
     "logical_axes",
     "param_specs",
     "parameter_count",
+    "replicated_specs",
+    "resnet_config",
     "rope_tables",
     "save_hf",
+    "text_classifier_config",
     "to_hf_config",
+    "vit_config",
 ]

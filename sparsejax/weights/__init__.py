@@ -10,6 +10,28 @@ from sparsejax.weights.baselines import (
     maskllm_masks,
     maskllm_params,
 )
+from sparsejax.weights.bdwp import (
+    NMPair,
+    bdwp_conv,
+    bdwp_dot,
+    bdwp_dot_compact,
+    pregenerate,
+)
+from sparsejax.weights.bdwp_cost import (
+    ScheduledStage,
+    TrainingMacs,
+    schedule_offline,
+    systolic_cycles,
+    training_macs,
+    training_products,
+    weight_traffic,
+)
+from sparsejax.weights.bdwp_layers import (
+    bdwp_conv_general_dilated,
+    bdwp_dot_general,
+    bdwp_layers,
+    bdwp_model,
+)
 from sparsejax.weights.cast import (
     AdamSState,
     adams,
@@ -31,6 +53,7 @@ from sparsejax.weights.compact import (
 )
 from sparsejax.weights.compact_file import load_compact, save_compact
 from sparsejax.weights.dsnot import dsnot_mask
+from sparsejax.weights.layers import LayerProduct, layer_products, named_layers
 from sparsejax.weights.one_shot import (
     ActivationStats,
     Hessian,
@@ -45,6 +68,7 @@ from sparsejax.weights.progressive_gradient_flow import (
     ProgressiveConfig,
     gradient_noise,
     progressive_recipe,
+    progressive_view,
     stage_at,
 )
 from sparsejax.weights.prune_model import BlockModel, prune_model
@@ -67,6 +91,27 @@ from sparsejax.weights.scaling import (
     scaled_kernel,
 )
 from sparsejax.weights.sequential import PruneMethod, capture_inputs, prune_sequential
+from sparsejax.weights.sparse_ift import (
+    SparseIFTState,
+    drop_schedule,
+    joint_weight_decay,
+    masked_optimizer,
+    match_flops_sparsity,
+    rigl_update,
+    set_update,
+    sift_size,
+    sparse_parts,
+    widened,
+)
+from sparsejax.weights.sparse_ift_model import (
+    sparse_ift_model,
+)
+from sparsejax.weights.sparse_ift_modules import (
+    ParallelResidualBlock,
+    SparseDoped,
+    SparseFactorized,
+    SparseParallel,
+)
 from sparsejax.weights.sparsegpt import sparsegpt, sparsegpt_score
 
 __all__ = [
@@ -77,15 +122,31 @@ __all__ = [
     "BlockModel",
     "Compressed24",
     "Hessian",
+    "LayerProduct",
     "NMCompact",
+    "NMPair",
+    "ParallelResidualBlock",
     "ProgressiveConfig",
     "PruneMethod",
     "Quantized",
     "ScaledLinear",
+    "ScheduledStage",
     "SearchResult",
+    "SparseDoped",
+    "SparseFactorized",
+    "SparseIFTState",
+    "SparseParallel",
+    "TrainingMacs",
     "activation_stats",
     "adams",
     "ast_adamw",
+    "bdwp_conv",
+    "bdwp_conv_general_dilated",
+    "bdwp_dot",
+    "bdwp_dot_compact",
+    "bdwp_dot_general",
+    "bdwp_layers",
+    "bdwp_model",
     "capture_inputs",
     "cast_loss",
     "check_reach",
@@ -95,6 +156,7 @@ __all__ = [
     "decompress_2to4",
     "decompress_nm",
     "dequantize",
+    "drop_schedule",
     "dsnot_mask",
     "finish",
     "fold_and_prune",
@@ -102,34 +164,52 @@ __all__ = [
     "groups_in_pattern",
     "hessian",
     "init_scales",
+    "joint_weight_decay",
+    "layer_products",
     "load_compact",
     "magnitude_mask",
+    "masked_optimizer",
     "maskllm_hard_mask",
     "maskllm_init",
     "maskllm_logits",
     "maskllm_mask",
     "maskllm_masks",
     "maskllm_params",
+    "match_flops_sparsity",
     "merge_hessian",
     "merge_stats",
+    "named_layers",
     "node_sampler",
     "pack_indices",
     "paired_comparison",
+    "pregenerate",
     "progressive_recipe",
+    "progressive_view",
     "prune_model",
     "prune_sequential",
     "quantize",
     "quantize_params",
     "random_search",
+    "rigl_update",
     "sample_edge_masks",
     "sample_node_masks",
     "save_compact",
     "scale_params",
     "scaled_kernel",
+    "schedule_offline",
+    "set_update",
+    "sift_size",
+    "sparse_ift_model",
+    "sparse_parts",
     "sparsegpt",
     "sparsegpt_score",
     "sparsity_report",
     "stage_at",
+    "systolic_cycles",
+    "training_macs",
+    "training_products",
     "unpack_indices",
     "wanda_mask",
+    "weight_traffic",
+    "widened",
 ]

@@ -7,6 +7,12 @@ from sparsejax.core.transforms.dynamic import (
     rigl,
     sparse_evolution,
 )
+from sparsejax.core.transforms.fractions import (
+    ExactFraction,
+    exact_fraction,
+    floor_product,
+    fraction_table,
+)
 from sparsejax.core.transforms.gradual import SparsityState, gradual_pruning
 from sparsejax.core.transforms.slots import mask_optimizer_slots, reset_optimizer_slots
 from sparsejax.core.transforms.state import get_masks, set_masks
@@ -14,9 +20,13 @@ from sparsejax.core.transforms.static import StaticSparsityState, static_sparsit
 
 __all__ = [
     "DynamicSparsityState",
+    "ExactFraction",
     "SparsityState",
     "StaticSparsityState",
     "dynamic_sparsity",
+    "exact_fraction",
+    "floor_product",
+    "fraction_table",
     "get_masks",
     "gradual_pruning",
     "mask_optimizer_slots",

@@ -130,6 +130,92 @@ def test_an_update_step_takes_no_optimiser_step():
     np.testing.assert_array_equal(after["a"]["bias"], params["a"]["bias"])
 
 
+def stepping(**options):
+    params, masks = problem()
+    defaults = {"grow": "gradient", "drop": lambda t: 0.25, "freq": 1, "begin": 2, "end": 2}
+    tx = sj.dynamic_sparsity(
+        optax.sgd(0.1, momentum=0.9), masks=masks, **{**defaults, "on_update": "step", **options}
+    )
+    grads = [
+        jax.tree.map(
+            lambda w, i=i: jnp.cos(jnp.arange(1.0 * w.size) * (i + 3)).reshape(w.shape), params
+        )
+        for i in range(2)
+    ]
+    update = jax.jit(tx.update)
+    state, trail = tx.init(params), [(params, tx.init(params))]
+    for g in grads:
+        updates, state = update(g, state, params)
+        params = optax.apply_updates(params, updates)
+        trail.append((params, state))
+    return trail, grads
+
+
+def test_an_update_step_may_take_the_optimiser_step_first():
+    trail, grads = stepping(drop=lambda t: 0.75)
+    (_, first), (w1, after1), (w2, after2) = trail
+    old, new = first.masks["b"]["kernel"], after2.masks["b"]["kernel"]
+    np.testing.assert_array_equal(after1.masks["b"]["kernel"], old)  # steps count from 1
+    momentum = 0.9 * after1.inner[0].trace["b"]["kernel"] + grads[1]["b"]["kernel"]
+    weights = jnp.where(old, w1["b"]["kernel"] - 0.1 * momentum, 0)
+    wanted, _ = sj.prune_and_regrow(old, abs(weights), abs(grads[1]["b"]["kernel"]), 0.75)
+    np.testing.assert_array_equal(new, wanted)
+    # grown ones start at zero; what was dropped and grown at once keeps value and momentum
+    np.testing.assert_allclose(w2["b"]["kernel"], jnp.where(new, weights, 0), atol=1e-6)
+    np.testing.assert_allclose(
+        after2.inner[0].trace["b"]["kernel"], jnp.where(new & old, momentum, 0), atol=1e-6
+    )
+    stay = sj.exact_topk_mask(jnp.where(old, abs(weights), -jnp.inf), 16, axis=None)
+    assert bool((new & old & ~stay).any())
+    np.testing.assert_allclose(
+        w2["a"]["bias"],
+        w1["a"]["bias"] - 0.1 * (0.9 * grads[0]["a"]["bias"] + grads[1]["a"]["bias"]),
+        atol=1e-6,
+    )
+
+
+def test_the_count_follows_a_given_sparsity():
+    for sparsity, counts in (
+        (None, (64, 64)),
+        (0.9, (48, 48)),  # more stay than 25: nothing grows
+        (0.6, (102, 102)),
+        ({"a": {"kernel": 0.6, "bias": 0.0}, "b": {"kernel": 0.7}}, (102, 76)),
+    ):
+        trail, _ = stepping(sparsity=sparsity)
+        counted = sj.count_masks(trail[-1][1].masks).per_leaf
+        assert tuple(kept for kept, _ in counted.values()) == counts
+
+
+def test_masks_that_never_change_are_not_made():
+    for on_update in ("skip", "step"):
+        trail, _ = stepping(grow=None, on_update=on_update)
+        assert sj.sad(trail[0][1].masks, trail[-1][1].masks)["total"] == 0
+        assert not bool((trail[1][0]["b"]["kernel"] == trail[-1][0]["b"]["kernel"]).all())
+    params, masks = problem()
+    programs = [
+        str(
+            jax.make_jaxpr(
+                sj.dynamic_sparsity(
+                    optax.sgd(0.1), masks=masks, grow=grow, drop=lambda t: 0.3, freq=2, end=9
+                ).update
+            )(params, state, params)
+        )
+        for grow in (None, "gradient")
+        for state in [
+            sj.DynamicSparsityState(jnp.int32(0), masks, optax.sgd(0.1).init(params), None)
+        ]
+    ]
+    assert ["cond[" in program for program in programs] == [False, True]
+
+
+def test_an_exact_fraction_drops_what_float64_does():
+    mask, w = jnp.arange(120) < 100, jnp.arange(120.0)[::-1]
+    for share, dropped in ((0.29, 29), (sj.exact_fraction(0.29), int(0.29 * 100))):
+        new, _ = sj.prune_and_regrow(mask, w, w, share, target=0)
+        np.testing.assert_array_equal(new, jnp.arange(120) < 100 - dropped)
+    assert int(0.29 * 100) == 28
+
+
 def test_exchange_survives_nan_and_infinity():
     mask = jnp.arange(12).reshape(3, 4) < 6
     w = jnp.ones((3, 4)).at[0, 0].set(jnp.nan)
@@ -154,8 +240,21 @@ def test_errors_name_argument_and_range(unchecked):
         defaults = {"masks": masks, "grow": "gradient", "drop": lambda t: 0.3, "freq": 2, "end": 9}
         return sj.dynamic_sparsity(optax.sgd(0.1), **{**defaults, **options})
 
+    with pytest.raises(ValueError, match="an ExactFraction is for 'floor'"):
+        sj.prune_and_regrow(mask, w, w, sj.exact_fraction(0.5), count="nearest")
+    huge = [jax.ShapeDtypeStruct((2**16, 2**15), kind) for kind in ("bool", "float32", "float32")]
+    with pytest.raises(ValueError, match=r"mask has 2147483648 entries; counts are exact below"):
+        jax.eval_shape(lambda *a: sj.prune_and_regrow(*a, 0.5), *huge)
     with pytest.raises(ValueError, match="grow is 'x'; allowed"):
         make(grow="x")
+    with pytest.raises(ValueError, match="on_update is 'x'; allowed are 'skip' and 'step'"):
+        make(on_update="x")
+    with pytest.raises(ValueError, match=r"sparsity is 1\.0; it must be in \[0, 1\)"):
+        make(sparsity=1.0)
+    with pytest.raises(ValueError, match=r"sparsity of 'b/kernel' is -1; it must be in \[0, 1\)"):
+        make(sparsity={"b": {"kernel": -1}})
+    with pytest.raises(ValueError, match="sparsity do not have the structure"):
+        make(sparsity={"b": {"kernel": 0.5}}).init(params)
     with pytest.raises(ValueError, match="key is None; grow='random' draws positions"):
         make(grow="random")
     with pytest.raises(ValueError, match="freq is 0"):
