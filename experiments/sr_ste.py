@@ -13,7 +13,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jaxtyping import Array, Bool, Float, PyTree
 
 import sparsejax as sj
@@ -31,7 +30,14 @@ from experiments.harness.arms import (
 from experiments.harness.cli import main
 from experiments.harness.config import Claim, Experiment, ExperimentError, Result
 from experiments.harness.data.images import load_images
-from experiments.harness.images import ImageConfig, Method, build_backbone, train_backbone
+from experiments.harness.images import (
+    ImageConfig,
+    Method,
+    Trainer,
+    backbone_builder,
+    compile_trainer,
+    train_backbone,
+)
 from experiments.harness.nm_training import (
     backbone_scope,
     check_backbone,
@@ -40,6 +46,7 @@ from experiments.harness.nm_training import (
     digits_sgd,
     hidden_layers,
     nm_masks,
+    scope_size,
 )
 from experiments.harness.plots import draw_curves, new_figure, save
 from experiments.harness.progress import mean_and_deviation
@@ -260,21 +267,17 @@ def default_scope(config: Config) -> Any:
 def backbone_arm(config: Config, run: Run) -> Any:
     """Trains a backbone of these settings; reads the images once."""
     data, mesh = load_images(config.dataset, side=config.image_size), make_mesh(config.mesh)
-    sizes = {"classes": data.classes, "side": data.side, "channels": data.channels}
+    build, steps = backbone_builder(config, data), config.epochs * (data.examples // config.batch)
+
+    @functools.cache
+    def trainer(arm: str) -> Trainer:
+        return compile_trainer(config, data, plan(config, *config.arms()[arm], steps, build), mesh)
 
     def train(config: Config, arm: str, rate: float, seed: int) -> dict[str, Any]:
-        method, pull = config.arms()[arm]
-        build = lambda rngs: build_backbone(config, rngs=rngs, **sizes)  # noqa: E731
-        steps = config.epochs * (data.examples // config.batch)
-        found = train_backbone(
-            run, f"{arm}-lr{rate:g}-seed{seed}", config, data,
-            plan(config, method, pull, steps, build), seed=seed, peak=rate, mesh=mesh, slug=SLUG,
-        )  # fmt: skip
+        found = train_backbone(run, f"{arm}-lr{rate:g}-seed{seed}", config, data, trainer(arm),
+                               seed=seed, peak=rate, mesh=mesh, slug=SLUG)  # fmt: skip
         if "flips" in found:
-            _, params, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, ...)
-            leaves = dict(sj.named_leaves(params))
-            chosen = sj.selected_paths(params, default_scope(config))
-            found["sad"] = found.pop("flips") / sum(leaves[path].size for path in chosen)
+            found["sad"] = found.pop("flips") / scope_size(build, default_scope(config))
         return found
 
     return train

@@ -157,6 +157,12 @@ def build_backbone(
         raise ExperimentError(f"model {config.model}: {error}") from error
 
 
+def backbone_builder(config: ImageConfig, data: ImageData) -> Callable[[nnx.Rngs], nnx.Module]:
+    """`build_backbone` for the images of a dataset."""
+    sizes = {"classes": data.classes, "side": data.side, "channels": data.channels}
+    return lambda rngs: build_backbone(config, rngs=rngs, **sizes)
+
+
 def logits(model: Any, images: Array, *, train: bool) -> Float[Array, "b classes"]:
     """The outputs of any backbone; vision transformers behave alike in training and after it."""
     return model(images) if isinstance(model, ViT) else model(images, train=train)
@@ -185,39 +191,45 @@ class Method(NamedTuple):
 
 
 class Trainer(NamedTuple):
-    """`init(seed) -> state`, `step(state, batch) -> state, metrics`, `evaluate(state, batch)`."""
+    """A training as functions of a state; one of them serves every seed and learning rate.
 
-    init: Callable[[int], dict[str, Any]]
+    Attributes:
+      init: seed, peak learning rate -> state. step: state, batch -> state, metrics.
+      evaluate: state, batch -> sums over the batch. steps_per_epoch: of the schedule.
+    """
+
+    init: Callable[[Any, Any], dict[str, Any]]
     step: Callable[[dict[str, Any], Any], tuple[dict[str, Any], dict[str, Array]]]
     evaluate: Callable[[dict[str, Any], Any], dict[str, Array]]
+    steps_per_epoch: int
 
 
 def make_trainer(
-    config: ImageConfig, method: Method, *, steps_per_epoch: int, peak: float, mean: Any,
-    deviation: Any,
-) -> Trainer:  # fmt: skip
-    """A training as pure functions of a state; jit them.
+    config: ImageConfig, method: Method, *, steps_per_epoch: int, mean: Any, deviation: Any
+) -> Trainer:
+    """A training as pure functions; `compile_trainer` jits them.
 
     Args:
-      steps_per_epoch: of the schedule. peak: learning rate.
       mean, deviation: of each channel, see `ImageData`.
     """
     graph, *_ = nnx.split(nnx.eval_shape(lambda: method.build(nnx.Rngs(0))), nnx.Param, ...)
-    rate = learning_rate(config, steps_per_epoch, peak)
     mean, deviation = jnp.asarray(mean), jnp.asarray(deviation)
 
-    def optimizer(params: PyTree) -> optax.GradientTransformation:
+    def optimizer(params: PyTree, peak: Array) -> optax.GradientTransformation:
+        rate = learning_rate(config, steps_per_epoch, peak)
         return method.transform(params, make_optimizer(config, rate))
 
-    def init(seed: int) -> dict[str, Any]:
-        _, params, rest = nnx.split(method.build(nnx.Rngs(seed)), nnx.Param, ...)
-        params = method.start(params)
+    def init(seed: Any, peak: Any) -> dict[str, Any]:
+        key = jax.random.key(seed)
+        _, params, rest = nnx.split(method.build(nnx.Rngs(key)), nnx.Param, ...)
+        params, peak = method.start(params), jnp.float32(peak)
         state = {
             "params": params,
             "rest": rest,
-            "opt": optimizer(params).init(params),
+            "opt": optimizer(params, peak).init(params),
             "step": jnp.zeros((), jnp.int32),
-            "key": jax.random.key_data(jax.random.key(seed)),
+            "key": jax.random.key_data(key),
+            "peak": peak,
         }
         if method.masks is not None:
             state |= {"masks": method.masks(params), "flips": jnp.zeros((), jnp.int32)}
@@ -241,7 +253,8 @@ def make_trainer(
             return optax.softmax_cross_entropy(outputs, targets).mean(), rest
 
         (value, rest), grads = jax.value_and_grad(loss, has_aux=True)(state["params"])
-        updates, opt = optimizer(state["params"]).update(grads, state["opt"], state["params"])
+        tx = optimizer(state["params"], state["peak"])
+        updates, opt = tx.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         new = state | {"params": params, "rest": rest, "opt": opt, "step": count + 1}
         metrics = {"loss": value, **method.measure(grads)}
@@ -262,7 +275,36 @@ def make_trainer(
         right = (jnp.argmax(outputs, -1) == labels) & real
         return {"right": right.sum(), "nats": jnp.where(real, nats, 0).sum(), "count": real.sum()}
 
-    return Trainer(init, step, evaluate)
+    return Trainer(init, step, evaluate, steps_per_epoch)
+
+
+def compile_trainer(
+    config: ImageConfig, data: ImageData, method: Method, mesh: Mesh | None
+) -> Trainer:
+    """The training of a method on a dataset, jitted; whole on one device, or data over a mesh.
+
+    Raises:
+      ExperimentError: a batch larger than the dataset, or that the processes do not divide.
+    """
+    hosts = jax.process_count()
+    if config.batch % hosts:
+        raise ExperimentError(f"batch is {config.batch}; {hosts} processes must divide it")
+    steps = data.examples // config.batch
+    if not steps:
+        raise ExperimentError(f"batch is {config.batch}; there are {data.examples} images")
+    plain = make_trainer(
+        config, method, steps_per_epoch=steps, mean=data.mean, deviation=data.deviation
+    )
+    layout = None
+    if mesh is not None:
+        layout = state_shardings(jax.eval_shape(plain.init, 0, 0.0), {}, mesh)
+    outputs = None if layout is None else (layout, None)
+    return Trainer(
+        jax.jit(plain.init, out_shardings=layout),
+        jax.jit(plain.step, donate_argnums=0, out_shardings=outputs),
+        jax.jit(plain.evaluate),
+        steps,
+    )
 
 
 def augmented(
@@ -295,49 +337,34 @@ def augmented(
 
 
 def train_backbone(
-    run: Run, trial: str, config: ImageConfig, data: ImageData, method: Method, *, seed: int,
+    run: Run, trial: str, config: ImageConfig, data: ImageData, trainer: Trainer, *, seed: int,
     peak: float, mesh: Mesh | None, slug: str,
 ) -> dict[str, float]:  # fmt: skip
     """Trains and measures on the test images; resumes where it was stopped.
 
     Args:
-      trial: its name. peak: learning rate.
+      trial: its name. trainer: from `compile_trainer`. peak: learning rate.
 
     Returns:
       `test_accuracy` in percent, `test_loss` in nats, `train_loss` over the last epoch, what
-      `method.measure` logged over the second half, and with `method.masks` `flips`, the mask bits
+      `Method.measure` logged over the second half, and with `Method.masks` `flips`, the mask bits
       changed between the ends of epochs in all.
     """
-    hosts = jax.process_count()
-    if config.batch % hosts:
-        raise ExperimentError(f"batch is {config.batch}; {hosts} processes must divide it")
-    steps_per_epoch = data.examples // config.batch
-    if not steps_per_epoch:
-        raise ExperimentError(f"batch is {config.batch}; there are {data.examples} images")
-    trainer = make_trainer(config, method, steps_per_epoch=steps_per_epoch, peak=peak,
-                           mean=data.mean, deviation=data.deviation)  # fmt: skip
-    state = trainer.init(seed)
-    shardings = None
-    if mesh is not None:
-        shardings = state_shardings(state, {}, mesh)
-        state = jax.device_put(state, shardings)
-    step = jax.jit(trainer.step, donate_argnums=0,
-                   out_shardings=None if mesh is None else (shardings, None))  # fmt: skip
+    hosts, steps_per_epoch = jax.process_count(), trainer.steps_per_epoch
     shard = (jax.process_index(), hosts)
     state = train(
         run,
         trial,
-        state=state,
-        step=step,
+        state=trainer.init(seed, peak),
+        step=trainer.step,
         batches=data.batches(batch=config.batch // hosts, seed=seed, shard=shard),
         steps=config.epochs * steps_per_epoch,
         mesh=mesh,
         slug=slug,
     )
-    evaluate = jax.jit(trainer.evaluate)
     totals: dict[str, float] = {"right": 0, "nats": 0, "count": 0}
     for batch in data.test_batches(config.batch):
-        for name, value in evaluate(state, _everywhere(batch, mesh)).items():
+        for name, value in trainer.evaluate(state, _everywhere(batch, mesh)).items():
             totals[name] += float(value)
     steps, lines = config.epochs * steps_per_epoch, run.metrics(trial)
 
@@ -352,7 +379,7 @@ def train_backbone(
         "train_loss": logged("loss", steps - steps_per_epoch),
         **{name: logged(name, steps // 2) for name in sorted(measured)},
     }
-    return found | ({"flips": int(state["flips"])} if method.masks is not None else {})
+    return found | ({"flips": int(state["flips"])} if "flips" in state else {})
 
 
 def _everywhere(batch: Any, mesh: Mesh | None) -> Any:

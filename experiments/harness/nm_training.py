@@ -41,6 +41,13 @@ def backbone_scope(path: str, leaf: Any) -> bool:
     return default_where(path, leaf) and not stem and not path.startswith("head")
 
 
+def scope_size(build: Callable[[nnx.Rngs], nnx.Module], where: sj.Where) -> int:
+    """Weights of a model in the chosen leaves."""
+    params = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, ...)[1]
+    leaves = dict(sj.named_leaves(params))
+    return sum(leaves[path].size for path in sj.selected_paths(params, where))
+
+
 def check_digits(config: ImageConfig) -> None:
     """Refuses a batch that the digits do not fill, on the laptop's network.
 
@@ -105,9 +112,10 @@ def check_backbone(
     model = nnx.eval_shape(lambda: plan.build(nnx.Rngs(0)))
     _, params, _ = nnx.split(model, nnx.Param, ...)
     steps = PAPER_IMAGES[base] // config.batch
-    trainer = make_trainer(config, plan, steps_per_epoch=steps, peak=0.1, mean=[0.5] * 3,
-                           deviation=[0.25] * 3)  # fmt: skip
-    state = jax.eval_shape(lambda: trainer.init(0))
+    trainer = make_trainer(
+        config, plan, steps_per_epoch=steps, mean=[0.5] * 3, deviation=[0.25] * 3
+    )
+    state = jax.eval_shape(trainer.init, 0, 0.1)
     images = jax.ShapeDtypeStruct((config.batch, side, side, 3), jnp.uint8)
     batch = {"image": images, "label": jax.ShapeDtypeStruct((config.batch,), jnp.int32)}
     jax.eval_shape(trainer.step, state, batch)

@@ -73,7 +73,7 @@ def bdwp_layers(
     layers = dict(named_layers(model))
     kernels = {path: layer.kernel.get_value() for path, layer in layers.items()}
 
-    def standard(path: str, kernel: Array) -> bool:
+    def standard(path: str, kernel: Any) -> bool:  # abstract in an abstract model
         inner = default_where(path, kernel) and not path.endswith("head/kernel")
         return inner and _problem(layers[path], pattern, method) is None
 

@@ -156,8 +156,13 @@ def test_a_wide_network_costs_the_dense_one():
         cost = sum(full * (1 - matched if sparse else 1) for full, sparse in layers)
         assert cost == pytest.approx(budget, rel=1e-12)
         assert matched != pytest.approx(s, abs=1e-3)  # it has to be solved for
-    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, "float32"), shapes(wide))
-    masks = sj.random_masks(jax.random.key(0), params, 1 - matched, where="body|point")
+
+    def mask(path, leaf):
+        kept = np.arange(leaf.size) < sj.keep_count(leaf.size, 1 - matched)
+        return jnp.asarray(kept.reshape(leaf.shape))
+
+    dense = jnp.asarray(True)
+    masks = sj.map_selected(mask, shapes(wide), where="body|point", otherwise=lambda leaf: dense)
     assert abs(report(wide, masks).sparse / budget - 1) < 1e-3
 
 
@@ -428,13 +433,10 @@ def test_joint_decay_is_that_of_the_folded_product():
         np.testing.assert_allclose(value, 0.1 * jnp.sum(folded**2), rtol=1e-6)
         np.testing.assert_allclose(grads[0], 0.2 * folded @ v.T, rtol=1e-5)
         np.testing.assert_allclose(grads[1], 0.2 * u.T @ folded, rtol=1e-5)
-    # a convolution: applying U then V is applying the folded kernel
+    # of a convolution, V mixes the channels that U makes at every offset
     u, v = jax.random.normal(keys[0], (3, 3, 4, 2)), jax.random.normal(keys[3], (1, 1, 2, 5))
-    impulse = jnp.zeros((4, 3, 3, 4)).at[jnp.arange(4), 1, 1, jnp.arange(4)].set(1)
-    numbers = ("NHWC", "HWIO", "NHWC")
-    h = lax.conv_general_dilated(impulse, u, (1, 1), "SAME", dimension_numbers=numbers)
-    y = lax.conv_general_dilated(h, v, (1, 1), "SAME", dimension_numbers=numbers)
-    np.testing.assert_allclose(weights.joint_weight_decay(u, v, 2.0), jnp.sum(y**2), rtol=1e-5)
+    folded = np.einsum("hwid,do->hwio", u, v[0, 0])
+    np.testing.assert_allclose(weights.joint_weight_decay(u, v, 2.0), (folded**2).sum(), rtol=1e-5)
     half = weights.joint_weight_decay(u.astype(jnp.bfloat16), v.astype(jnp.bfloat16), 2.0)
     assert half.dtype == jnp.float32
 

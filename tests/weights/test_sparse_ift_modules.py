@@ -139,8 +139,9 @@ def test_sparse_parts_are_named_by_path():
         ("doped", ["doped/sparse/kernel"]),
     ):
         assert sorted(sj.selected_paths(params, weights.sparse_parts(kind))) == wanted
-    masks = sj.random_masks(jax.random.key(0), params, 0.5, where=weights.sparse_parts("doped"))
-    assert sj.count_masks(masks).per_leaf == {"doped/sparse/kernel": (18, 36)}
+    doped, where = nnx.state(model["doped"], nnx.Param), weights.sparse_parts("doped")
+    masks = sj.random_masks(jax.random.key(0), doped, 0.5, where=where)
+    assert sj.count_masks(masks).per_leaf == {"sparse/kernel": (18, 36)}
     only = weights.sparse_parts("factorized", sparse_u_only=True)
     assert sj.selected_paths(params, only) == ("factorized/u/kernel",)
     plain = {"fc": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
