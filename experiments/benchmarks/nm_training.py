@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax import lax
 
 import sparsejax as sj
-from experiments.benchmarks.suite import Group, run_suite, small_llama, stepping
+from experiments.benchmarks.suite import Group, run_suite, small_llama
 from experiments.harness.data import (
+    TokenizedText,
     corpus_from_dataset,
     get_tokenizer,
     tokenize,
@@ -150,49 +150,77 @@ def _bdwp_graph(config: LlamaConfig, pattern: sj.NM) -> Any:
     return nnx.split(sparse)[0]
 
 
-def make_optimizer(config: Config, method: Method, rate: Any) -> optax.GradientTransformation:
-    """The method's optimiser with this peak learning rate."""
-    shape = rate_shape(config.steps)
-    return method.transform(lambda count: rate * shape(count))
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A method compiled once, for its timing and for its training at every rate.
+
+    Attributes:
+      init: parameters -> carry. step: carry, windows, number of the step, peak rate -> carry.
+      finish: carry -> sparse parameters.
+    """
+
+    init: Callable[[Any], Any]
+    step: Callable[[Any, Any, Any, Any], Any]
+    finish: Pruned
 
 
-def make_step(config: Config, method: Method, rate: Any) -> Callable[..., Any]:
-    """`(params, state), windows, step -> (params, state)` of a method."""
-    graph = method.graph or small_llama(config.model)[0]
-    tx = make_optimizer(config, method, rate)
+@functools.cache
+def trainings(config: Config) -> dict[str, Training]:
+    """Every method at every pattern, by its row."""
+    shape, plain = rate_shape(config.steps), small_llama(config.model)[0]
 
-    def step(carry: Any, windows: jax.Array, count: Any) -> Any:
-        trained, state = carry
+    def training(method: Method) -> Training:
+        graph = method.graph or plain
 
-        def loss(trained: Any) -> jax.Array:
-            logits = nnx.merge(graph, method.view(trained, count))(windows[:, :-1])
-            return cross_entropy(logits, windows[:, 1:])
+        def optimizer(rate: Any) -> optax.GradientTransformation:
+            return method.transform(lambda count: rate * shape(count))
 
-        updates, state = tx.update(jax.grad(loss)(trained), state, trained)
-        return optax.apply_updates(trained, updates), state
+        def init(params: Any) -> Any:
+            trained = method.start(jax.tree.map(jnp.copy, params))  # the step takes its carry over
+            return trained, optimizer(0.0).init(trained)
 
-    return step
+        def step(carry: Any, windows: jax.Array, count: Any, rate: Any) -> Any:
+            trained, state = carry
+
+            def loss(trained: Any) -> jax.Array:
+                logits = nnx.merge(graph, method.view(trained, count))(windows[:, :-1])
+                return cross_entropy(logits, windows[:, 1:])
+
+            updates, state = optimizer(rate).update(jax.grad(loss)(trained), state, trained)
+            return optax.apply_updates(trained, updates), state
+
+        compiled = jax.jit(step, donate_argnums=0)
+        return Training(jax.jit(init), compiled, jax.jit(lambda carry: method.finish(carry[0])))
+
+    return {
+        label(name, n, m): training(method)
+        for n, m in config.patterns
+        for name, method in build_methods(config, n, m).items()
+    }
 
 
 def step_groups(config: Config) -> Iterator[Group]:
-    """Single steps of every method, after the dense phase of the recipes."""
-    params = small_llama(config.model)[1]
-    shape = (config.batch, config.seq_len + 1)
-    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape)
-    windows = jnp.asarray(tokens, jnp.int32)
+    """Single steps of every method, in the sparsest stage of the recipes."""
+    params, windows = small_llama(config.model)[1], jnp.asarray(training_windows(config)[0])
+    last, rate = jnp.int32(config.steps - 1), jnp.float32(1e-3)
+
+    def stepping(training: Training) -> Callable[[], Any]:
+        carry = training.init(params)
+
+        def call() -> Any:
+            nonlocal carry
+            carry = training.step(carry, windows, last, rate)
+            return carry
+
+        return call
+
     for n, m in config.patterns:
-        names = {method: label(method, n, m) for method in build_methods(config, n, m)}
-        functions = {}
-        for method, parts in build_methods(config, n, m).items():
-            late = jnp.int32(config.steps - 1)  # the sparsest stage
-            functions[names[method]] = stepping(
-                make_step(config, parts, 1e-3),
-                parts.start(params),
-                make_optimizer(config, parts, 1e-3),
-                windows,
-                late,
-            )
-        baseline = names["dense"]
+        functions = {
+            row: stepping(training)
+            for row, training in trainings(config).items()
+            if row.startswith(label("", n, m))
+        }
+        baseline = label("dense", n, m)
         goals = {name: GOAL for name in functions if name != baseline}
         yield Group(functions, baseline, config.rounds, goals)
 
@@ -202,39 +230,39 @@ def label(method: str, n: int, m: int) -> str:
     return f"{n}:{m}, {method}"
 
 
+@functools.cache
+def load_text() -> TokenizedText:
+    """The project's text, by characters."""
+    return tokenize(corpus_from_dataset("python_text"), get_tokenizer("ascii"))
+
+
+def training_windows(config: Config) -> list[np.ndarray]:
+    """The batches that every method sees, in order."""
+    batches = window_batches(load_text().train, seq_len=config.seq_len, batch=config.batch, seed=0)
+    return [next(batches) for _ in range(config.steps)]
+
+
 def final_losses(config: Config) -> dict[str, dict[str, str]]:
     """Loss on held-out text after training, of the pruned weights, at each method's best rate."""
-    tokenizer = get_tokenizer("ascii")
-    text = tokenize(corpus_from_dataset("python_text"), tokenizer)
-    held = validation_windows(text.validation, config.seq_len)[: config.eval_windows]
-    batches = window_batches(text.train, seq_len=config.seq_len, batch=config.batch, seed=0)
-    seen = jnp.asarray(np.stack([next(batches) for _ in range(config.steps)]))
+    held = validation_windows(load_text().validation, config.seq_len)[: config.eval_windows]
+    held, seen = jnp.asarray(held), training_windows(config)
     graph, params = small_llama(config.model)
-    found: dict[str, dict[str, str]] = {}
 
     @jax.jit
     def evaluate(sparse: Any) -> jax.Array:
-        windows = jnp.asarray(held)
-        return cross_entropy(nnx.merge(graph, sparse)(windows[:, :-1]), windows[:, 1:])
+        return cross_entropy(nnx.merge(graph, sparse)(held[:, :-1]), held[:, 1:])
 
-    for n, m in config.patterns:
-        for name, method in build_methods(config, n, m).items():
+    def train(training: Training, rate: float) -> float:
+        carry = training.init(params)
+        for count, windows in enumerate(seen):
+            carry = training.step(carry, windows, jnp.int32(count), jnp.float32(rate))
+        return float(evaluate(training.finish(carry)))
 
-            @jax.jit
-            def train(params: Any, rate: Any, method: Method = method) -> Any:
-                trained = method.start(params)
-                step = make_step(config, method, rate)
-                state = make_optimizer(config, method, rate).init(trained)
-                counts = jnp.arange(config.steps)
-                (trained, _), _ = lax.scan(
-                    lambda carry, xs: (step(carry, *xs), None), (trained, state), (seen, counts)
-                )
-                return method.finish(trained)
-
-            losses = {rate: float(evaluate(train(params, rate))) for rate in config.rates}
-            best = min(losses, key=lambda rate: losses[rate])
-            found[label(name, n, m)] = {"held-out loss": f"{losses[best]:.3f}",
-                                        "best rate": f"{best:g}"}  # fmt: skip
+    found = {}
+    for row, training in trainings(config).items():
+        losses = {rate: train(training, rate) for rate in config.rates}
+        best = min(losses, key=lambda rate: losses[rate])
+        found[row] = {"held-out loss": f"{losses[best]:.3f}", "best rate": f"{best:g}"}
     return found
 
 
