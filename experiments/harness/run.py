@@ -22,6 +22,9 @@ from experiments.harness.config import Experiment, ExperimentError, Result, RunC
 from experiments.harness.sharding import initialize_hosts
 
 
+ELAPSED = "elapsed.json"
+
+
 class InterruptedRunError(Exception):
     """The user asked to stop; everything is saved."""
 
@@ -41,13 +44,25 @@ class Run:
         self.is_main = jax.process_index() == 0
         self.console = Console(quiet=not self.is_main, highlight=False)
         self.stopping = threading.Event()
-        self.started = time.time()
+        self._started, self._earlier = time.time(), 0.0
         if config.resume:
             self.folder = pathlib.Path(config.resume)
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                self._earlier = float(json.loads((self.folder / ELAPSED).read_text())["seconds"])
         else:
             self.folder = _new_folder(pathlib.Path(config.out) / slug)
             if self.is_main:
                 write_json(self.folder / "config.json", as_json(config))
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken, with the parts before it was resumed."""
+        return self._earlier + time.time() - self._started
+
+    def keep_time(self) -> None:
+        """Writes down how long it has taken, for when it is resumed."""
+        if self.is_main:
+            write_json(self.folder / ELAPSED, {"seconds": round(self.seconds, 1)})
 
     def show(self, text: str) -> None:
         """Prints a line as it is."""
@@ -101,8 +116,11 @@ def execute(experiment: Experiment, config: Any) -> Result | None:
             return None
     run = Run(experiment.slug, config)
     run.console.print(f"[bold]{experiment.slug}[/] ({config.preset}) in {run.folder}")
-    with _ctrl_c(run):
-        result = experiment.run(config, run)
+    try:
+        with _ctrl_c(run):
+            result = experiment.run(config, run)
+    finally:
+        run.keep_time()
     run.show("card: " + ", ".join(f"{k} {v}" for k, v in result.card.to_dict().items()))
     for claim in result.claims:
         run.console.print(claim.line, soft_wrap=True, style="bold")
@@ -156,7 +174,7 @@ def _summary(experiment: Experiment, config: Any, run: Run, result: Result) -> d
         "card": result.card.to_dict(),
         "metrics": dict(result.metrics),
         "tables": [dataclasses.asdict(table) for table in result.tables],
-        "seconds": round(time.time() - run.started, 1),
+        "seconds": round(run.seconds, 1),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "cores": os.cpu_count(),
         "versions": versions(),

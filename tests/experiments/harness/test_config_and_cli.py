@@ -17,6 +17,7 @@ from experiments.harness.config import (
     as_json,
     read_config,
 )
+from experiments.harness.run import execute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,3 +149,16 @@ def test_unknown_settings_in_a_file_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"evil": 1}')
     with pytest.raises(ExperimentError, match="Unrecognized options: --evil"):
         parse("--resume", str(tmp_path))
+
+
+def test_a_resumed_run_counts_the_time_of_its_earlier_parts(tmp_path):
+    def once(config, run):
+        return Result((Claim("it runs", True, "1", "0", 1),), CARD)
+
+    execute(experiment(once), Config(preset="test", out=str(tmp_path)))
+    (folder,) = (tmp_path / "toy").iterdir()
+    assert json.loads((folder / "elapsed.json").read_text())["seconds"] < 100
+    (folder / "elapsed.json").write_text('{"seconds": 1000}')
+    execute(experiment(once), cli.parse(experiment(once), ["--resume", str(folder)]))
+    assert 1000 <= json.loads((folder / "summary.json").read_text())["seconds"] < 1100
+    assert 1000 <= json.loads((folder / "elapsed.json").read_text())["seconds"] < 1100
