@@ -7,6 +7,7 @@ measures the loss on held-out text with the pruned weights, and times single ste
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -34,7 +35,8 @@ from sparsejax.weights import ProgressiveConfig, progressive_view
 
 PROJECTIONS = r"_proj/kernel$"
 GOAL = Goal(1.4)
-SRSTE_DECAY, L1_DECAY, MASK_PERIOD = 2e-4, 2e-4, 10
+BDWP_DECAY, MASK_PERIOD = 2e-4, 10
+SRSTE_DECAYS, L1_DECAYS = (2e-4, 2e-3), (2e-4, 1e-3, 5e-3)
 EPOCHS = 20  # the recipes' clock: a twentieth of training
 Pruned = Callable[[Any], Any]
 
@@ -45,7 +47,8 @@ class Config:
 
     Attributes:
       model, batch, seq_len: the LLaMA that is trained, and its batch.
-      steps, rates: of a training, and the peak learning rates of which each method takes its best.
+      steps, rates: of a training, and the peak learning rates of which each method takes its best,
+        as it does of the pulls of SR-STE and CAST.
       eval_windows: held-out windows that the loss is measured on.
       patterns: n and m. rounds: measurements of each step.
       min_seconds: what one measurement lasts at least.
@@ -55,7 +58,7 @@ class Config:
     batch: int = 16
     seq_len: int = 64
     steps: int = 600
-    rates: tuple[float, ...] = (3e-3, 1e-3)
+    rates: tuple[float, ...] = (1e-2, 3e-3)
     eval_windows: int = 256
     patterns: tuple[tuple[int, int], ...] = ((2, 4), (1, 8))
     rounds: int = 21
@@ -83,16 +86,20 @@ class Method:
     """One way to train.
 
     Attributes:
-      view: trainable parameters, step -> the parameters of the forward pass.
+      view: trainable parameters, step, pull -> the parameters of the forward pass.
       finish: trainable parameters -> the sparse ones.
-      transform: schedule -> optimiser.
+      transform: schedule, pull -> optimiser.
+      pulls: of the pruned weights towards zero, to choose from.
       start: parameters -> trainable parameters.
       graph: of a model whose layers multiply in another way; None for the plain one.
     """
 
-    view: Callable[[Any, Any], Any] = lambda trained, step: trained
+    view: Callable[[Any, Any, Any], Any] = lambda trained, step, pull: trained
     finish: Pruned = lambda trained: trained
-    transform: Callable[[Any], optax.GradientTransformation] = optax.adamw
+    transform: Callable[[Any, Any], optax.GradientTransformation] = lambda rate, pull: optax.adamw(
+        rate
+    )
+    pulls: tuple[float, ...] = (0.0,)
     start: Callable[[Any], Any] = lambda params: params
     graph: Any = None
 
@@ -108,13 +115,14 @@ def build_methods(config: Config, n: int, m: int) -> Mapping[str, Method]:
 
     def progressive(recipe: Any) -> Method:
         settings = ProgressiveConfig(recipe, n, m, epochs=EPOCHS, steps_per_epoch=per_epoch)
-        return Method(progressive_view(settings, where=PROJECTIONS), prune)
+        view = progressive_view(settings, where=PROJECTIONS)
+        return Method(lambda p, step, pull: view(p, step), prune)
 
-    def cast(rate: Any) -> optax.GradientTransformation:
+    def cast(rate: Any, pull: Any) -> optax.GradientTransformation:
         return weights.adams(
             rate,
             total_steps=config.steps,
-            l1_decay=L1_DECAY,
+            l1_decay=pull,
             mask_period=MASK_PERIOD,
             pattern=pattern,
             where=rf"^weights/.*{PROJECTIONS}",
@@ -122,19 +130,22 @@ def build_methods(config: Config, n: int, m: int) -> Mapping[str, Method]:
 
     return {
         "dense": Method(),
-        "STE": Method(lambda p, step: sj.ste(p, pattern, where=PROJECTIONS), prune),
+        "STE": Method(lambda p, step, pull: sj.ste(p, pattern, where=PROJECTIONS), prune),
         "SR-STE": Method(
-            lambda p, step: sj.sr_ste(p, pattern, decay=SRSTE_DECAY, where=PROJECTIONS), prune
+            lambda p, step, pull: sj.sr_ste(p, pattern, decay=pull, where=PROJECTIONS),
+            prune,
+            pulls=SRSTE_DECAYS,
         ),
         "mask decay": progressive("mdgf_exp"),
         "structure decay": progressive("sdgf_stepwise"),
         "BDWP": Method(finish=prune, graph=_bdwp_graph(config.model, pattern)),
         "CAST": Method(
-            lambda trained, step: weights.scale_params(trained["weights"], trained["scales"]),
+            lambda trained, step, pull: weights.scale_params(trained["weights"], trained["scales"]),
             lambda trained: weights.finish(
                 trained["weights"], trained["scales"], pattern=pattern, where=PROJECTIONS
             )[0],
             cast,
+            L1_DECAYS,
             lambda params: {
                 "weights": params,
                 "scales": weights.init_scales(params, where=PROJECTIONS),
@@ -146,7 +157,7 @@ def build_methods(config: Config, n: int, m: int) -> Mapping[str, Method]:
 @functools.cache
 def _bdwp_graph(config: LlamaConfig, pattern: sj.NM) -> Any:
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
-    sparse = weights.bdwp_model(model, pattern, decay=SRSTE_DECAY, where=PROJECTIONS)
+    sparse = weights.bdwp_model(model, pattern, decay=BDWP_DECAY, where=PROJECTIONS)
     return nnx.split(sparse)[0]
 
 
@@ -155,13 +166,15 @@ class Training:
     """A method compiled once, for its timing and for its training at every rate.
 
     Attributes:
-      init: parameters -> carry. step: carry, windows, number of the step, peak rate -> carry.
-      finish: carry -> sparse parameters.
+      init: parameters -> carry.
+      step: carry, windows, number of the step, peak rate, pull -> carry.
+      finish: carry -> sparse parameters. pulls: see `Method`.
     """
 
     init: Callable[[Any], Any]
-    step: Callable[[Any, Any, Any, Any], Any]
+    step: Callable[[Any, Any, Any, Any, Any], Any]
     finish: Pruned
+    pulls: tuple[float, ...]
 
 
 @functools.cache
@@ -172,25 +185,27 @@ def trainings(config: Config) -> dict[str, Training]:
     def training(method: Method) -> Training:
         graph = method.graph or plain
 
-        def optimizer(rate: Any) -> optax.GradientTransformation:
-            return method.transform(lambda count: rate * shape(count))
+        def optimizer(rate: Any, pull: Any) -> optax.GradientTransformation:
+            return method.transform(lambda count: rate * shape(count), pull)
 
         def init(params: Any) -> Any:
             trained = method.start(jax.tree.map(jnp.copy, params))  # the step takes its carry over
-            return trained, optimizer(0.0).init(trained)
+            return trained, optimizer(0.0, 0.0).init(trained)
 
-        def step(carry: Any, windows: jax.Array, count: Any, rate: Any) -> Any:
+        def step(carry: Any, windows: jax.Array, count: Any, rate: Any, pull: Any) -> Any:
             trained, state = carry
 
             def loss(trained: Any) -> jax.Array:
-                logits = nnx.merge(graph, method.view(trained, count))(windows[:, :-1])
+                logits = nnx.merge(graph, method.view(trained, count, pull))(windows[:, :-1])
                 return cross_entropy(logits, windows[:, 1:])
 
-            updates, state = optimizer(rate).update(jax.grad(loss)(trained), state, trained)
+            tx = optimizer(rate, pull)
+            updates, state = tx.update(jax.grad(loss)(trained), state, trained)
             return optax.apply_updates(trained, updates), state
 
         compiled = jax.jit(step, donate_argnums=0)
-        return Training(jax.jit(init), compiled, jax.jit(lambda carry: method.finish(carry[0])))
+        finish = jax.jit(lambda carry: method.finish(carry[0]))
+        return Training(jax.jit(init), compiled, finish, method.pulls)
 
     return {
         label(name, n, m): training(method)
@@ -205,11 +220,11 @@ def step_groups(config: Config) -> Iterator[Group]:
     last, rate = jnp.int32(config.steps - 1), jnp.float32(1e-3)
 
     def stepping(training: Training) -> Callable[[], Any]:
-        carry = training.init(params)
+        carry, pull = training.init(params), jnp.float32(training.pulls[0])
 
         def call() -> Any:
             nonlocal carry
-            carry = training.step(carry, windows, last, rate)
+            carry = training.step(carry, windows, last, rate, pull)
             return carry
 
         return call
@@ -252,17 +267,19 @@ def final_losses(config: Config) -> dict[str, dict[str, str]]:
     def evaluate(sparse: Any) -> jax.Array:
         return cross_entropy(nnx.merge(graph, sparse)(held[:, :-1]), held[:, 1:])
 
-    def train(training: Training, rate: float) -> float:
-        carry = training.init(params)
+    def train(training: Training, rate: float, pull: float) -> float:
+        carry, tuned = training.init(params), (jnp.float32(rate), jnp.float32(pull))
         for count, windows in enumerate(seen):
-            carry = training.step(carry, windows, jnp.int32(count), jnp.float32(rate))
+            carry = training.step(carry, windows, jnp.int32(count), *tuned)
         return float(evaluate(training.finish(carry)))
 
     found = {}
     for row, training in trainings(config).items():
-        losses = {rate: train(training, rate) for rate in config.rates}
-        best = min(losses, key=lambda rate: losses[rate])
-        found[row] = {"held-out loss": f"{losses[best]:.3f}", "best rate": f"{best:g}"}
+        choices = itertools.product(config.rates, training.pulls)
+        losses = {choice: train(training, *choice) for choice in choices}
+        rate, pull = min(losses, key=lambda choice: losses[choice])
+        best = f"{rate:g}" + (f", {pull:g}" if len(training.pulls) > 1 else "")
+        found[row] = {"held-out loss": f"{losses[rate, pull]:.3f}", "best rate, pull": best}
     return found
 
 
