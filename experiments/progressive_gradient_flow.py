@@ -101,6 +101,11 @@ class Config(ImageConfig):
     sparsity_loc: Literal["FF", "FFQKV", "all"] = "FF"
     """Of a vision transformer: feed-forward kernels, also the queries', keys' and values', or all
     but the first and the last layer; convolutional backbones are pruned all."""
+    noise_m: tuple[int, ...] = (4, 8, 16, 32)
+    """Group sizes, one weight kept, at which the noise of gradients is measured on the digits, for
+    `noise_recipe` at the largest learning rate; 0 for none."""
+    noise_recipe: tuple[str, ...] = ("srste=2e-4", "ste", "mdgf_exp")
+    """Recipes whose noise is measured."""
     width: int = 128
     """Nodes of both hidden layers of the digits network."""
 
@@ -111,13 +116,25 @@ class Config(ImageConfig):
             raise ExperimentError(f"lr is {self.lr}; give positive values, one or several")
         if self.width < 1:
             raise ExperimentError(f"width is {self.width}; it must be at least 1")
+        if any(m < 2 for m in self.noise_m if self.noise_m != (0,)):
+            raise ExperimentError(f"noise_m is {self.noise_m}; give sizes of 2 or more, or 0")
         self.arms(steps_per_epoch=1)  # their checks
 
     def arms(self, *, steps_per_epoch: int) -> dict[str, ProgressiveConfig]:
-        """The recipes by name."""
+        """The recipes by name, `recipe@M` for those at one of M whose noise is measured."""
         if not self.recipe:
             raise ExperimentError("recipe is empty; give one or several")
-        return {text: self._parse(text, steps_per_epoch) for text in self.recipe}
+        found = {text: self._parse(text, steps_per_epoch) for text in self.recipe}
+        for text, m in self.noise_arms().values():
+            parsed = self._parse(text, steps_per_epoch)
+            found[f"{text}@{m}"] = dataclasses.replace(parsed, n=1, m=m)
+        return found
+
+    def noise_arms(self) -> dict[str, tuple[str, int]]:
+        """Recipe and group size of the arms whose noise is measured, by name."""
+        if not self.is_mlp or self.noise_m == (0,):
+            return {}
+        return {f"{text}@{m}": (text, m) for text in self.noise_recipe for m in self.noise_m}
 
     def _parse(self, text: str, steps_per_epoch: int) -> ProgressiveConfig:
         name, *options = text.split(",")
@@ -165,6 +182,7 @@ def label_of(text: str) -> str:
 PRESETS = {
     "laptop": Config(),
     "test": Config(preset="test", seeds=2, n=1, m=8, epochs=10, width=16, batch=100, lr=(0.1,),
+                   noise_m=(4,), noise_recipe=("mdgf_exp",),
                    recipe=("srste=2e-4", "srste=2e-3", "mdgf_exp", "mdgf_exp,straight_through",
                            "sdgf_stepwise,fine=0.3")),
     "paper": Config(preset="paper", seeds=3, dataset="imagenet2012", model="vit_base_patch16", n=1,
@@ -179,7 +197,7 @@ PRESETS = {
 def train_digits(params: PyTree, order: Array, data: digits.Digits, peak: Array, *,
                  recipe: ProgressiveConfig, config: Config) -> dict[str, Array]:  # fmt: skip
     """One training of the digits network."""
-    where, pattern = hidden_layers(LAYERS), sj.NM(config.n, config.m)
+    where, pattern = hidden_layers(LAYERS), sj.NM(recipe.n, recipe.m)
     view = progressive_view(recipe, where=where)
     last, test = order.shape[0] * order.shape[1] - 1, (data.test_x, data.test_y)
 
@@ -224,7 +242,12 @@ def run(config: Config, run: Run) -> Result:
         },
     )
     print_table(run, table)
+    noise: Found = {}
+    if config.is_mlp:
+        noise = run_arms(run, SLUG, config, functools.partial(digits_arm, config),
+                         list(config.noise_arms()), [max(config.lr)])  # fmt: skip
     draw(config, run, found, labels)
+    draw_noise(config, run, noise)
     card = sj.SparsityCard(
         what=sj.WhatIsSparse.WEIGHTS,
         granularity=sj.Granularity.N_M,
@@ -239,7 +262,7 @@ def run(config: Config, run: Run) -> Result:
         "learning rates",
         simulated=True,
     )
-    metrics = as_metrics(found, curves=("accuracy_curve", "noise_curve"))
+    metrics = as_metrics({**found, **noise}, curves=("accuracy_curve", "noise_curve"))
     return Result(make_claims(config, found), card, metrics, (table,))
 
 
@@ -395,6 +418,31 @@ def draw(config: Config, run: Run, found: Found, labels: dict[str, str]) -> None
     axes.set_xscale("log")
     axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, run.folder / "accuracy_by_noise.png")
+
+
+def draw_noise(config: Config, run: Run, noise: Found) -> None:
+    """The variance of gradients against sparsity."""
+    if not noise or not run.is_main:
+        return
+    figure, axes = new_figure(
+        f"One weight of a group, rate {max(config.lr):g}, {config.seeds} seeds",
+        "sparsity (1 - 1/M)",
+        "variance of the second layer's gradient, second half",
+    )
+    for i, recipe in enumerate(config.noise_recipe):
+        points = [noise[f"{recipe}@{m}"][max(config.lr)]["grad_variance"] for m in config.noise_m]
+        middle = [mean(values) for values in points]
+        spread = [[mid - min(v) for mid, v in zip(middle, points)],
+                  [max(v) - mid for mid, v in zip(middle, points)]]  # fmt: skip
+        axes.errorbar(
+            range(len(points)), middle, spread, label=label_of(recipe), capsize=3,
+            marker="osD^"[i % 4], color=COLORS[i % len(COLORS)],
+        )  # fmt: skip
+    ticks = [f"1:{m}\n{1 - 1 / m:.3g}" for m in config.noise_m]
+    axes.set_xticks(range(len(ticks)), labels=ticks)
+    axes.set_yscale("log")
+    axes.legend(frameon=False)
+    save(figure, run.folder / "noise_by_sparsity.png")
 
 
 def check(config: Config) -> list[str]:

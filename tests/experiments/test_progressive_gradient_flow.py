@@ -31,12 +31,12 @@ def test_the_whole_experiment_and_its_resumption(tmp_path, capsys):
     execute(EXPERIMENT, dataclasses.replace(TEST, out=str(tmp_path)))
     folder = only_run(tmp_path)
     assert "claim: at 1:8 MdGf-Exp beats SR-STE 2e-4" in capsys.readouterr().out
-    for name in ("accuracy", "gradient_variance", "accuracy_by_noise"):
+    for name in ("accuracy", "gradient_variance", "accuracy_by_noise", "noise_by_sparsity"):
         assert (folder / f"{name}.png").stat().st_size > 10_000
     summary = json.loads((folder / "summary.json").read_text())
     assert len(summary["claims"]) == 4
     arms = summary["metrics"]
-    assert set(arms) == set(TEST.recipe)
+    assert set(arms) == {*TEST.recipe, "mdgf_exp@4"}
     noise = {name: np.mean(values["0.1"]["grad_variance"]) for name, values in arms.items()}
     # the masked gradient fades with the mask, the straight-through one does not
     assert noise["mdgf_exp"] < 0.5 * noise["mdgf_exp,straight_through"]
@@ -72,7 +72,7 @@ def test_a_vision_transformer_has_sparse_feed_forward_kernels(tmp_path):
 
 
 def test_recipes_are_read_with_their_options():
-    config = dataclasses.replace(TEST, epochs=20)
+    config = dataclasses.replace(TEST, epochs=20, noise_m=(0,))
     found = dataclasses.replace(
         config, recipe=("srste=2e-3", "mdgf_linear,dense=0.05,fine=0.5,coef=0.01", "ste",
                         "sdgf_geometric,frames=2,dense=0.2"),
@@ -107,6 +107,7 @@ def test_the_paper_setting_is_checked_as_far_as_it_can_be_built(capsys):
         (["--recipe", "sdgf_geometric"], "stage 0 (8:64) needs groups of 64 along axis -2"),
         (["--lr", "0"], "lr is (0.0,); give positive values"),
         (["--width", "0"], "width is 0"),
+        (["--noise-m", "1"], "noise_m is (1,); give sizes of 2 or more, or 0"),
         (["--update-every", "0"], "update_every is 0"),
         (["--sparsity-loc", "QK"], "sparsity-loc"),
     ],
