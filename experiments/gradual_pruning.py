@@ -14,10 +14,10 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-import jax
 import optax
 
 import sparsejax as sj
+from experiments.harness.abstract_training import PRUNABLE, abstract_params, trace_step
 from experiments.harness.characters import (
     CharacterConfig,
     Optimizer,
@@ -37,8 +37,8 @@ from experiments.harness.characters import (
 )
 from experiments.harness.cli import main
 from experiments.harness.config import Claim, Experiment, ExperimentError, Result
+from experiments.harness.images import ImageConfig
 from experiments.harness.plots import COLORS, new_figure, save
-from experiments.harness.resnet_shapes import PRUNABLE, resnet50_shapes
 from experiments.harness.run import Run
 
 MINUTES = {"laptop": "6", "test": "1", "paper": "checked abstractly"}
@@ -223,8 +223,13 @@ def draw(config: Config, run: Run, arms: dict[str, list[Trial]]) -> None:
 
 
 def check(config: Config) -> list[str]:
-    """Prunes a ResNet-50's shapes: densities reached, one abstract step, bytes of the state."""
-    shapes = resnet50_shapes()
+    """Prunes a ResNet-50 abstractly: densities reached, a training step, bytes of its state."""
+    if config.task == "characters":
+        return []
+    images = ImageConfig(
+        dataset=config.task, model="resnet50", batch=config.batch, weight_decay=0.0
+    )
+    shapes = abstract_params(images)
     sizes = {path: math.prod(leaf.shape) for path, leaf in sj.named_leaves(shapes)}
     chosen = sj.selected_paths(shapes, PRUNABLE)
     scope = sum(sizes[path] for path in chosen)
@@ -241,25 +246,26 @@ def check(config: Config) -> list[str]:
             f"sparsity {sparsity:g} at step {config.end:,}: {kept:,} of {scope:,} weights stay, "
             f"{kept + total - scope:,} non-zeros in all"
         )
-    transform = sj.gradual_pruning(
-        optax.sgd(optax.cosine_decay_schedule(config.learning_rates[0], config.steps), 0.9),
-        allocation=1 - config.claim_sparsity,
-        schedule=config.schedule,
-        where=PRUNABLE,
-        order=config.order,
+    traced = trace_step(
+        images,
+        lambda params, inner: sj.gradual_pruning(
+            inner,
+            allocation=1 - config.claim_sparsity,
+            schedule=config.schedule,
+            where=PRUNABLE,
+            order=config.order,
+        ),
     )
-    state = jax.eval_shape(transform.init, shapes)
-    updates, after = jax.eval_shape(transform.update, shapes, state, shapes)
-    stored = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((updates, after)))
-    cost = (
-        "one step of gradual pruning around SGD with momentum traces; parameters, momentum and "
-        f"masks take {stored / 2**20:,.1f} MiB"
+    step = (
+        f"forward, backward and one step of gradual pruning around SGD traced for {config.batch:,} "
+        f"images of {traced.side} x {traced.side}; parameters, momentum and masks take "
+        f"{traced.mebibytes:,.1f} MiB"
     )
-    wanted = (
-        "checked abstractly: a run wants a ResNet-50, which is not among the models yet, and "
-        f"{config.task} prepared by TFDS; the forward pass was not traced"
+    missing = (
+        f"checked abstractly: a run wants {config.task} prepared by TFDS, and a training loop of "
+        "this experiment on images"
     )
-    return [*lines, cost, wanted]
+    return [*lines, step, missing]
 
 
 EXPERIMENT = Experiment(

@@ -19,8 +19,10 @@ from jaxtyping import Array, PyTree
 
 import sparsejax as sj
 from experiments.harness import digits
+from experiments.harness.abstract_training import abstract_params, trace_step
 from experiments.harness.cli import main
 from experiments.harness.config import Claim, Experiment, ExperimentError, Result, RunConfig
+from experiments.harness.images import ImageConfig
 from experiments.harness.plots import COLORS, draw_curves, new_figure, save
 from experiments.harness.progress import make_table, mean_and_deviation, training_bar
 from experiments.harness.run import Run
@@ -408,48 +410,41 @@ def draw(run: Run, config: Config, accuracies: Accuracies) -> None:
     save(figure, run.folder / "methods.png")
 
 
-def resnet_shapes(depth: int, width: int) -> dict[str, Any]:
-    """Kernels (height, width, in, out) of a CIFAR ResNet with 1x1 shortcuts, and its classifier."""
-    shapes: dict[str, tuple[int, ...]] = {"conv0": (3, 3, 3, width)}
-    n_in = width
-    for stage, n_out in enumerate((width, 2 * width, 4 * width)):
-        for block in range((depth - 2) // 6):
-            name = f"stage{stage}_block{block}"
-            shapes[f"{name}_conv0"] = (3, 3, n_in, n_out)
-            shapes[f"{name}_conv1"] = (3, 3, n_out, n_out)
-            if n_in != n_out:
-                shapes[f"{name}_shortcut"] = (1, 1, n_in, n_out)
-            n_in = n_out
-    shapes["head"] = (n_in, digits.CLASSES)
-    return {k: {"kernel": jax.ShapeDtypeStruct(s, jnp.float32)} for k, s in shapes.items()}
-
-
 def check(config: Config) -> list[str]:
-    """What can be built of the paper's CIFAR setting: densities, masks and an optimiser step."""
+    """What can be built of the paper's CIFAR setting: densities, masks and a training step.
 
-    def step(key: Array, params: PyTree, gradients: PyTree) -> Any:
-        tx = sj.static_sparsity(optimizer(config), sj.random_masks(key, params, shares))
-        updates, state = tx.update(gradients, tx.init(params), params)
-        return optax.apply_updates(params, updates), state
-
+    The paper's ResNet-20 has 1 x 1 convolutions where its shape changes, He's has none.
+    """
+    images = ImageConfig(
+        dataset="cifar10", model="resnet20", batch=config.batch, momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )  # fmt: skip
     lines = []
     for width, density in ((w, d) for w in config.width for d in config.density):
-        tree = resnet_shapes(20, width)
-        shares = sj.erk(tree, density)
-        pairs = list(zip(jax.tree.leaves(tree), jax.tree.leaves(shares)))
-        kept = sum(leaf.size * share for leaf, share in pairs)
-        after = jax.eval_shape(step, jax.eval_shape(lambda: jax.random.key(0)), tree, tree)
-        stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(after))
+        changes = {"base_width": width, "shortcut": "projection"}
+        params = dict(sj.named_leaves(abstract_params(images, **changes)))
+        kernels = {path: params[path] for path in sj.selected_paths(params)}
+        shares = sj.erk(kernels, density)
+        every = {path: shares.get(path, 1) for path in params}
+        scope = sum(kernel.size for kernel in kernels.values())
+        kept = sum(kernels[path].size * share for path, share in shares.items())
+        traced = trace_step(
+            images,
+            lambda params, inner, every=every: sj.static_sparsity(
+                inner, sj.random_masks(jax.random.key(config.seed), params, every)
+            ),
+            **changes,
+        )
         lines.append(
-            f"ResNet-20 kernels at width {width}: {sum(leaf.size for leaf, _ in pairs):,} weights "
-            f"in {len(pairs)} tensors; ERK at density {density:g} keeps {kept:,.0f} of them, the "
-            f"sparsest tensor at {min(share for _, share in pairs):.4f}; masks and an optimiser "
-            f"step trace, and weights, masks and momentum take {stored / 2**20:,.1f} MiB"
+            f"ResNet-20 kernels at width {width}: {scope:,} weights in {len(kernels)} tensors; ERK "
+            f"at density {density:g} keeps {kept:,.0f} of them, the sparsest tensor at "
+            f"{min(shares.values()):.4f}; a training step on {config.batch} images of "
+            f"{traced.side} x {traced.side} traces, and parameters, masks and momentum take "
+            f"{traced.mebibytes:,.1f} MiB"
         )
     missing = (
-        f"checked abstractly: {config.steps:,} steps of {config.batch} need a ResNet in "
-        "sparsejax.models, which is not there yet, and CIFAR from TFDS; forward and backward "
-        "passes were not traced"
+        f"checked abstractly: {config.steps:,} steps of {config.batch} need {images.dataset} "
+        "prepared by TFDS, and a training loop of this experiment on images"
     )
     return [*lines, missing]
 

@@ -6,13 +6,16 @@ import jax
 import optax
 
 import sparsejax as sj
+from experiments.harness.abstract_training import PRUNABLE, abstract_params, trace_step
 from experiments.harness.cli import main
 from experiments.harness.config import Experiment, Result
-from experiments.harness.resnet_shapes import PRUNABLE, resnet50_shapes
+from experiments.harness.images import ImageConfig
 from experiments.harness.run import Run
 from experiments.ten_lessons.config import GRANULARITIES, PRESETS, SLUG, Config, pattern
 from experiments.ten_lessons.costs import costs
 from experiments.ten_lessons.granularity import granularities
+
+IMAGES = 8  # in the traced batch
 
 
 def run(config: Config, run: Run) -> Result:
@@ -22,7 +25,8 @@ def run(config: Config, run: Run) -> Result:
 
 def check(config: Config) -> list[str]:
     """Prunes the kernels of a ResNet-50 as matrices in every granularity, abstractly."""
-    whole = dict(sj.named_leaves(resnet50_shapes()))
+    images = ImageConfig(dataset="imagenet2012", model="resnet50", batch=IMAGES)
+    whole = dict(sj.named_leaves(abstract_params(images)))
     chosen = sj.selected_paths(whole, PRUNABLE)
     matrices = {
         path: jax.ShapeDtypeStruct((math.prod(whole[path].shape[:-1]), whole[path].shape[-1]), "f4")
@@ -48,9 +52,23 @@ def check(config: Config) -> list[str]:
         lines.append(
             f"{GRANULARITIES[name]}: one step of gradual pruning traces, masks of {size:,} entries"
         )
+    traced = trace_step(
+        images,
+        lambda params, inner: sj.gradual_pruning(
+            inner,
+            allocation=1 - config.sparsity,
+            schedule=config.schedule,
+            where=PRUNABLE,
+        ),
+    )
     lines.append(
-        "checked abstractly: the article has no setting of its own; a run wants a ResNet-50 and "
-        "its residual units tied for whole channels, neither of which is there yet"
+        f"a training step of the whole network, pruned unstructured, traces for {IMAGES} images of "
+        f"{traced.side} x {traced.side}, forward and backward"
+    )
+    lines.append(
+        "checked abstractly: the article has no setting of its own; a run wants imagenet2012 "
+        "prepared by TFDS, a training loop of this experiment on images, and the residual units "
+        "tied for whole channels"
     )
     return lines
 

@@ -139,7 +139,8 @@ def test_the_paper_setting_builds_abstractly(capsys):
     printed = capsys.readouterr().out
     assert "53 kernels as [in, out] matrices with 25,493,504 weights" in printed
     assert "8 x 8 blocks: one step of gradual pruning traces" in printed
-    assert "the article has no setting of its own" in printed
+    assert "pruned unstructured, traces for 8 images of 224 x 224, forward and backward" in printed
+    assert "the article has no setting of its own; a run wants imagenet2012 prepared" in printed
 
 
 @pytest.mark.parametrize(
