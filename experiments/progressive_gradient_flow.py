@@ -27,17 +27,10 @@ from experiments.harness.arms import (
     print_table,
     run_arms,
 )
+from experiments.harness.backbone_arms import backbone_runner, nm_card
 from experiments.harness.cli import main
 from experiments.harness.config import Claim, Experiment, ExperimentError, Result
-from experiments.harness.data.images import load_images
-from experiments.harness.images import (
-    ImageConfig,
-    Method,
-    Trainer,
-    backbone_builder,
-    compile_trainer,
-    train_backbone,
-)
+from experiments.harness.images import ImageConfig, Method
 from experiments.harness.nm_training import (
     backbone_scope,
     check_backbone,
@@ -46,12 +39,10 @@ from experiments.harness.nm_training import (
     digits_sgd,
     hidden_layers,
     nm_masks,
-    scope_size,
 )
 from experiments.harness.plots import COLORS, draw_curves, new_figure, save
 from experiments.harness.progress import mean_and_deviation
 from experiments.harness.run import Run
-from experiments.harness.sharding import make_mesh
 from sparsejax.weights import ProgressiveConfig, gradient_noise, progressive_view
 from sparsejax.weights.progressive_gradient_flow import Recipe
 
@@ -227,8 +218,15 @@ def train_digits(params: PyTree, order: Array, data: digits.Digits, peak: Array,
 def run(config: Config, run: Run) -> Result:
     """Trains every recipe and compares accuracy and the noise of gradients."""
     labels = {text: label_of(text) for text in config.recipe}
-    train = digits_arm if config.is_mlp else backbone_arm(config, run)
-    found = run_arms(run, SLUG, config, functools.partial(train, config), list(labels), config.lr)
+    if config.is_mlp:
+        train = functools.partial(digits_arm, config)
+    else:
+
+        def recipe_plan(arm: str, build: Any, steps: int) -> Method:
+            return plan(config, config.arms(steps_per_epoch=steps)[arm], build)
+
+        train = backbone_runner(run, config, SLUG, recipe_plan, scope=scope(config))
+    found = run_arms(run, SLUG, config, train, list(labels), config.lr)
     table = arms_table(
         f"{config.model} on {config.dataset}, {config.n}:{config.m}, {config.epochs} epochs, "
         f"{config.seeds} seed(s)",
@@ -242,26 +240,10 @@ def run(config: Config, run: Run) -> Result:
         },
     )
     print_table(run, table)
-    noise: Found = {}
-    if config.is_mlp:
-        noise = run_arms(run, SLUG, config, functools.partial(digits_arm, config),
-                         list(config.noise_arms()), [max(config.lr)])  # fmt: skip
+    noise = run_arms(run, SLUG, config, train, list(config.noise_arms()), [max(config.lr)])
     draw(config, run, found, labels)
     draw_noise(config, run, noise)
-    card = sj.SparsityCard(
-        what=sj.WhatIsSparse.WEIGHTS,
-        granularity=sj.Granularity.N_M,
-        timing=sj.Timing.DURING,
-        path=sj.TrainingPath.DENSE_TO_SPARSE,
-        dynamics=sj.MaskDynamics.DYNAMIC,
-        allocation=sj.Allocation.UNIFORM,
-        criterion=sj.Criterion.MAGNITUDE,
-        gradient=sj.GradientRule.MASKED,
-        seeds=config.seeds,
-        budget=f"{config.epochs} epochs for every recipe, each at its best of {len(config.lr)} "
-        "learning rates",
-        simulated=True,
-    )
+    card = nm_card(config, len(config.lr), sj.GradientRule.MASKED)
     metrics = as_metrics({**found, **noise}, curves=("accuracy_curve", "noise_curve"))
     return Result(make_claims(config, found), card, metrics, (table,))
 
@@ -306,25 +288,6 @@ def plan(config: Config, recipe: ProgressiveConfig, build: Any) -> Method:
         masks=lambda params: nm_masks(params, pattern, scope(config)),
         measure=measure,
     )
-
-
-def backbone_arm(config: Config, run: Run) -> Any:
-    """Trains a backbone of these settings; reads the images once."""
-    data, mesh = load_images(config.dataset, side=config.image_size), make_mesh(config.mesh)
-    build = backbone_builder(config, data)
-    recipes = config.arms(steps_per_epoch=max(1, data.examples // config.batch))
-
-    @functools.cache
-    def trainer(arm: str) -> Trainer:
-        return compile_trainer(config, data, plan(config, recipes[arm], build), mesh)
-
-    def train(config: Config, arm: str, rate: float, seed: int) -> dict[str, Any]:
-        name = f"{arm.replace('=', '').replace(',', '-')}-lr{rate:g}-seed{seed}"
-        found = train_backbone(run, name, config, data, trainer(arm), seed=seed, peak=rate,
-                               mesh=mesh, slug=SLUG)  # fmt: skip
-        return found | {"sad": found.pop("flips") / scope_size(build, scope(config))}
-
-    return train
 
 
 def make_claims(config: Config, found: Found) -> tuple[Claim, ...]:

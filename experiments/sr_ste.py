@@ -27,17 +27,10 @@ from experiments.harness.arms import (
     print_table,
     run_arms,
 )
+from experiments.harness.backbone_arms import backbone_runner, nm_card
 from experiments.harness.cli import main
 from experiments.harness.config import Claim, Experiment, ExperimentError, Result
-from experiments.harness.data.images import load_images
-from experiments.harness.images import (
-    ImageConfig,
-    Method,
-    Trainer,
-    backbone_builder,
-    compile_trainer,
-    train_backbone,
-)
+from experiments.harness.images import ImageConfig, Method
 from experiments.harness.nm_training import (
     backbone_scope,
     check_backbone,
@@ -46,12 +39,10 @@ from experiments.harness.nm_training import (
     digits_sgd,
     hidden_layers,
     nm_masks,
-    scope_size,
 )
 from experiments.harness.plots import draw_curves, new_figure, save
 from experiments.harness.progress import mean_and_deviation
 from experiments.harness.run import Run
-from experiments.harness.sharding import make_mesh
 from sparsejax.core.selection import default_where
 
 SLUG = "sr_ste"
@@ -195,8 +186,17 @@ def train_digits(params: PyTree, order: Array, data: digits.Digits, peak: Array,
 def run(config: Config, run: Run) -> Result:
     """Trains every arm and compares accuracy and SAD."""
     arms, labels = config.arms(), config.labels()
-    train = digits_arm if config.is_mlp else backbone_arm(config, run)
-    found = run_arms(run, SLUG, config, functools.partial(train, config), list(arms), config.lr)
+    if config.is_mlp:
+        train = functools.partial(digits_arm, config)
+    else:
+        train = backbone_runner(
+            run,
+            config,
+            SLUG,
+            lambda arm, build, steps: plan(config, *arms[arm], config.epochs * steps, build),
+            scope=default_scope(config),
+        )
+    found = run_arms(run, SLUG, config, train, list(arms), config.lr)
     table = arms_table(
         f"{config.model} on {config.dataset}, {config.n}:{config.m}, {config.epochs} epochs, "
         f"{config.seeds} seed(s)",
@@ -210,20 +210,7 @@ def run(config: Config, run: Run) -> Result:
     )
     print_table(run, table)
     draw(config, run, found)
-    card = sj.SparsityCard(
-        what=sj.WhatIsSparse.WEIGHTS,
-        granularity=sj.Granularity.N_M,
-        timing=sj.Timing.DURING,
-        path=sj.TrainingPath.DENSE_TO_SPARSE,
-        dynamics=sj.MaskDynamics.DYNAMIC,
-        allocation=sj.Allocation.UNIFORM,
-        criterion=sj.Criterion.MAGNITUDE,
-        gradient=sj.GradientRule.STRAIGHT_THROUGH,
-        seeds=config.seeds,
-        budget=f"{config.epochs} epochs for every arm, each at its best of "
-        f"{len(config.lr)} learning rates",
-        simulated=True,
-    )
+    card = nm_card(config, len(config.lr), sj.GradientRule.STRAIGHT_THROUGH)
     curves = ("accuracy_curve", "sad_curve")
     return Result(make_claims(config, found), card, as_metrics(found, curves=curves), (table,))
 
@@ -262,25 +249,6 @@ def default_scope(config: Config) -> Any:
     if not config.sparse_stem:
         return backbone_scope
     return lambda path, leaf: default_where(path, leaf) and not path.startswith("head")
-
-
-def backbone_arm(config: Config, run: Run) -> Any:
-    """Trains a backbone of these settings; reads the images once."""
-    data, mesh = load_images(config.dataset, side=config.image_size), make_mesh(config.mesh)
-    build, steps = backbone_builder(config, data), config.epochs * (data.examples // config.batch)
-
-    @functools.cache
-    def trainer(arm: str) -> Trainer:
-        return compile_trainer(config, data, plan(config, *config.arms()[arm], steps, build), mesh)
-
-    def train(config: Config, arm: str, rate: float, seed: int) -> dict[str, Any]:
-        found = train_backbone(run, f"{arm}-lr{rate:g}-seed{seed}", config, data, trainer(arm),
-                               seed=seed, peak=rate, mesh=mesh, slug=SLUG)  # fmt: skip
-        if "flips" in found:
-            found["sad"] = found.pop("flips") / scope_size(build, default_scope(config))
-        return found
-
-    return train
 
 
 def make_claims(config: Config, found: Found) -> tuple[Claim, ...]:

@@ -6,8 +6,10 @@ import json
 import pytest
 
 import sparsejax as sj
-from experiments import bdwp
-from experiments.bdwp import EXPERIMENT, PRESETS
+from experiments.bdwp.__main__ import EXPERIMENT
+from experiments.bdwp.config import PRESETS
+from experiments.bdwp.laptop import mac_ratio
+from experiments.bdwp.report import make_claims
 from experiments.harness import cli
 from experiments.harness.run import execute
 
@@ -56,7 +58,7 @@ def test_the_whole_experiment_and_its_resumption(tmp_path, capsys):
 
 def test_the_arithmetic_of_the_page():
     config = PRESETS["laptop"]
-    ratios = [bdwp.mac_ratio(config, method, sj.NM(2, 8)) for method in config.method]
+    ratios = [mac_ratio(config, method, sj.NM(2, 8)) for method in config.method]
     assert ratios == pytest.approx([1, 0.758, 0.758, 0.758, 0.515], abs=1e-3)
 
 
@@ -85,11 +87,11 @@ def test_claims_are_computed_from_the_figures():
 
     found = {"dense": arm(98.0, 1.0), "srste-2of8": arm(97.0), "bdwp-2of8": arm(97.0)}
     costs = {"resnet9": {"bdwp": (0.5, 1.9)}, "vgg19": {"bdwp": (0.5, 1.7)}}
-    claims = bdwp.make_claims(config, found, costs, exact=True)
+    claims = make_claims(config, found, costs, exact=True)
     assert [claim.holds for claim in claims] == [True] * 5
     found["bdwp-2of8"] = arm(95.0, 0.6)
     costs["vgg19"]["bdwp"] = (0.5, 1.5)
-    claims = bdwp.make_claims(config, found, costs, exact=False)
+    claims = make_claims(config, found, costs, exact=False)
     assert [claim.holds for claim in claims] == [False] * 5
 
 
