@@ -2,7 +2,9 @@
 
 Every op is a public function that validates its arguments, chooses an implementation and owns
 the `custom_vjp`; its `reference` module is the definition that all implementations are tested
-against.
+against. `README.md` says how to add one.
 """
 
-__all__: list[str] = []
+from pallas_kernels.statistical_topk import statistical_topk
+
+__all__ = ["statistical_topk"]

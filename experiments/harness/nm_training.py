@@ -20,6 +20,7 @@ from experiments.harness.images import (
     Method,
     build_backbone,
     learning_rate,
+    make_optimizer,
     make_trainer,
 )
 from sparsejax.core.selection import default_where
@@ -75,7 +76,7 @@ def digits_setup(
 def digits_sgd(config: ImageConfig, peak: float | Array) -> optax.GradientTransformation:
     """SGD with momentum and coupled weight decay, its rate a warm-up and a cosine."""
     rate = learning_rate(config, digits.SPLIT // config.batch, peak)
-    return digits.sgd(rate, momentum=config.momentum, weight_decay=config.weight_decay)
+    return make_optimizer(config, rate)
 
 
 def nm_masks(params: PyTree, pattern: sj.Pattern, where: sj.Where) -> PyTree:
@@ -85,7 +86,7 @@ def nm_masks(params: PyTree, pattern: sj.Pattern, where: sj.Where) -> PyTree:
 
 def check_backbone(
     config: ImageConfig,
-    method: Callable[[Callable[[nnx.Rngs], nnx.Module]], Method],
+    method: Callable[[Callable[..., nnx.Module]], Method],
     *,
     describe: Callable[[nnx.Module, Any], list[str]] = lambda model, images: [],
 ) -> list[str]:

@@ -21,7 +21,6 @@ from rich.console import Console
 from experiments.harness.config import Experiment, ExperimentError, Result, RunConfig, as_json
 from experiments.harness.sharding import initialize_hosts
 
-
 ELAPSED = "elapsed.json"
 
 
