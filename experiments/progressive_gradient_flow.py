@@ -17,6 +17,7 @@ from jaxtyping import Array, PyTree
 
 import sparsejax as sj
 from experiments.harness import digits
+from experiments.harness.abstract_training import check_backbone
 from experiments.harness.arms import (
     Found,
     arms_table,
@@ -30,10 +31,10 @@ from experiments.harness.arms import (
 from experiments.harness.backbone_arms import backbone_runner, nm_card
 from experiments.harness.cli import main
 from experiments.harness.config import Claim, Experiment, ExperimentError, Result
-from experiments.harness.images import ImageConfig, Method
+from experiments.harness.data.images import ImageData
+from experiments.harness.images import ImageConfig, Method, backbone_builder
 from experiments.harness.nm_training import (
     backbone_scope,
-    check_backbone,
     check_digits,
     digits_setup,
     digits_sgd,
@@ -222,10 +223,11 @@ def run(config: Config, run: Run) -> Result:
         train = functools.partial(digits_arm, config)
     else:
 
-        def recipe_plan(arm: str, build: Any, steps: int) -> Method:
-            return plan(config, config.arms(steps_per_epoch=steps)[arm], build)
+        def backbone_plan(arm: str, data: ImageData) -> Method:
+            recipes = config.arms(steps_per_epoch=max(1, data.examples // config.batch))
+            return plan(config, recipes[arm], backbone_builder(config, data))
 
-        train = backbone_runner(run, config, SLUG, recipe_plan, scope=scope(config))
+        train = backbone_runner(run, config, SLUG, backbone_plan, scope=scope(config))
     found = run_arms(run, SLUG, config, train, list(labels), config.lr)
     table = arms_table(
         f"{config.model} on {config.dataset}, {config.n}:{config.m}, {config.epochs} epochs, "

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 import sparsejax as sj
 from experiments.harness import digits
+from experiments.harness.abstract_training import check_backbone
 from experiments.harness.arms import (
     Found,
     arms_table,
@@ -30,10 +31,10 @@ from experiments.harness.arms import (
 from experiments.harness.backbone_arms import backbone_runner, nm_card
 from experiments.harness.cli import main
 from experiments.harness.config import Claim, Experiment, ExperimentError, Result
-from experiments.harness.images import ImageConfig, Method
+from experiments.harness.data.images import ImageData
+from experiments.harness.images import ImageConfig, Method, backbone_builder
 from experiments.harness.nm_training import (
     backbone_scope,
-    check_backbone,
     check_digits,
     digits_setup,
     digits_sgd,
@@ -189,13 +190,12 @@ def run(config: Config, run: Run) -> Result:
     if config.is_mlp:
         train = functools.partial(digits_arm, config)
     else:
-        train = backbone_runner(
-            run,
-            config,
-            SLUG,
-            lambda arm, build, steps: plan(config, *arms[arm], config.epochs * steps, build),
-            scope=default_scope(config),
-        )
+
+        def backbone_plan(arm: str, data: ImageData) -> Method:
+            steps = config.epochs * (data.examples // config.batch)
+            return plan(config, *arms[arm], steps, backbone_builder(config, data))
+
+        train = backbone_runner(run, config, SLUG, backbone_plan, scope=default_scope(config))
     found = run_arms(run, SLUG, config, train, list(arms), config.lr)
     table = arms_table(
         f"{config.model} on {config.dataset}, {config.n}:{config.m}, {config.epochs} epochs, "

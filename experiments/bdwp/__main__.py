@@ -10,6 +10,7 @@ from experiments.bdwp.array import array_costs, show_traffic
 from experiments.bdwp.config import LABELS, PRESETS, SLUG, Config
 from experiments.bdwp.laptop import digits_arm, pregeneration_is_exact
 from experiments.bdwp.report import draw, make_claims
+from experiments.harness.abstract_training import check_backbone
 from experiments.harness.arms import (
     arms_table,
     as_metrics,
@@ -19,8 +20,8 @@ from experiments.harness.arms import (
 from experiments.harness.backbone_arms import backbone_runner, nm_card
 from experiments.harness.cli import main
 from experiments.harness.config import Experiment, Result, Table
-from experiments.harness.images import Method
-from experiments.harness.nm_training import check_backbone
+from experiments.harness.data.images import ImageData
+from experiments.harness.images import Method, backbone_builder
 from experiments.harness.run import Run
 from sparsejax import weights
 
@@ -31,9 +32,11 @@ def run(config: Config, run: Run) -> Result:
     if config.is_mlp:
         train = functools.partial(digits_arm, config)
     else:
-        train = backbone_runner(
-            run, config, SLUG, lambda arm, build, steps: plan(config, *arms[arm], build)
-        )
+
+        def backbone_plan(arm: str, data: ImageData) -> Method:
+            return plan(config, *arms[arm], backbone_builder(config, data))
+
+        train = backbone_runner(run, config, SLUG, backbone_plan)
     found = run_arms(run, SLUG, config, train, list(arms), config.lr)
     columns: dict[str, Any] = {
         "test_accuracy": ("test accuracy (%)", 2),

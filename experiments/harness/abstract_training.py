@@ -9,9 +9,13 @@ import optax
 from flax import nnx
 from jaxtyping import PyTree
 
+from experiments.harness.config import ExperimentError
+from experiments.harness.data import DatasetError, open_builder
 from experiments.harness.images import ImageConfig, Method, build_backbone, make_trainer
-from experiments.harness.nm_training import PAPER_CLASSES, PAPER_IMAGES, PAPER_SIDE
 
+PAPER_SIDE = {"imagenet2012": 224, "cifar10": 32, "cifar100": 32}
+PAPER_IMAGES = {"imagenet2012": 1281167, "cifar10": 50000, "cifar100": 50000}
+PAPER_CLASSES = {"imagenet2012": 1000, "cifar10": 10, "cifar100": 100}
 PRUNABLE = r"^(?!stem/).*kernel$"  # of a ResNet: the first convolution stays dense
 Transform = Callable[[PyTree, optax.GradientTransformation], optax.GradientTransformation]
 
@@ -51,10 +55,53 @@ def trace_step(config: ImageConfig, transform: Transform, **changes: Any) -> Tra
       transform: parameters, optimiser of the settings -> the optimiser that is used.
       **changes: see `abstract_params`.
     """
-    side, batch = PAPER_SIDE[config.dataset], config.batch
+    return _traced(config, Method(build=_builder(config, **changes), transform=transform))
+
+
+def check_backbone(
+    config: ImageConfig,
+    method: Callable[[Callable[..., nnx.Module]], Method],
+    *,
+    describe: Callable[[nnx.Module, Any], list[str]] = lambda model, images: [],
+) -> list[str]:
+    """What `--preset paper` says of a backbone: its sizes, and one training step traced.
+
+    Args:
+      method: the way to train a model, from the function that builds it.
+      describe: more lines about the model and its images.
+
+    Returns:
+      Lines to print; none if the dataset is there, so that the run can start.
+    """
+    try:
+        open_builder(config.dataset)
+        return []
+    except DatasetError as error:
+        missing = str(error)
+    if config.dataset not in PAPER_SIDE:
+        raise ExperimentError(missing)
+    plan = method(_builder(config))
+    model = nnx.eval_shape(lambda: plan.build(nnx.Rngs(0)))
+    traced = _traced(config, plan)
+    steps, side = PAPER_IMAGES[config.dataset] // config.batch, traced.side
+    count = sum(leaf.size for leaf in jax.tree.leaves(traced.params))
+    setting = (
+        f"paper setting: {config.model} on {config.dataset}, {count:,} parameters, "
+        f"{config.epochs} epochs of {steps:,} steps with {config.batch} images of {side} x {side}"
+    )
+    return [
+        setting,
+        *describe(model, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)),
+        f"one training step traced; parameters and optimiser take {traced.mebibytes:,.0f} MiB",
+        f"checked abstractly: {missing}",
+    ]
+
+
+def _traced(config: ImageConfig, method: Method) -> TracedStep:
+    side, batch = _side(config), config.batch
     trainer = make_trainer(
         config,
-        Method(build=_builder(config, **changes), transform=transform),
+        method,
         steps_per_epoch=PAPER_IMAGES[config.dataset] // batch,
         mean=[0.5] * 3,
         deviation=[0.25] * 3,
@@ -66,10 +113,10 @@ def trace_step(config: ImageConfig, transform: Transform, **changes: Any) -> Tra
     return TracedStep(after["params"], after["opt"], side)
 
 
-def _builder(config: ImageConfig, **changes: Any) -> Callable[[nnx.Rngs], nnx.Module]:
-    sizes = {
-        "classes": PAPER_CLASSES[config.dataset],
-        "side": PAPER_SIDE[config.dataset],
-        "channels": 3,
-    }
-    return lambda rngs: build_backbone(config, rngs=rngs, **sizes, **changes)
+def _side(config: ImageConfig) -> int:
+    return config.image_size or PAPER_SIDE[config.dataset]
+
+
+def _builder(config: ImageConfig, **changes: Any) -> Callable[..., nnx.Module]:
+    sizes = {"classes": PAPER_CLASSES[config.dataset], "side": _side(config), "channels": 3}
+    return lambda rngs, **more: build_backbone(config, rngs=rngs, **sizes, **changes, **more)

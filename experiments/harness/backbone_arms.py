@@ -5,10 +5,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from flax import nnx
-
 import sparsejax as sj
-from experiments.harness.data.images import load_images
+from experiments.harness.data.images import ImageData, load_images
 from experiments.harness.images import (
     ImageConfig,
     Method,
@@ -21,40 +19,36 @@ from experiments.harness.nm_training import scope_size
 from experiments.harness.run import Run
 from experiments.harness.sharding import make_mesh
 
-Build = Callable[[nnx.Rngs], nnx.Module]
-
 
 def backbone_runner(
     run: Run,
     config: ImageConfig,
     slug: str,
-    plan: Callable[[str, Build, int], Method],
+    plan: Callable[[str, ImageData], Method],
     *,
     scope: sj.Where = None,
 ) -> Callable[[str, float, int], dict[str, Any]]:
     """Reads the images once and compiles every arm once; `run_arms` calls what it returns.
 
     Args:
-      plan: arm, the function that builds the dense model, steps of an epoch -> how it is trained.
+      plan: arm, images -> how it is trained.
       scope: the sparse leaves, of which SAD is a share.
 
     Returns:
       Arm, learning rate, seed -> what `train_backbone` found, with `sad` where masks were followed.
     """
     data, mesh = load_images(config.dataset, side=config.image_size), make_mesh(config.mesh)
-    build = backbone_builder(config, data)
 
     @functools.cache
     def trainer(arm: str) -> Trainer:
-        method = plan(arm, build, max(1, data.examples // config.batch))
-        return compile_trainer(config, data, method, mesh)
+        return compile_trainer(config, data, plan(arm, data), mesh)
 
     def train(arm: str, rate: float, seed: int) -> dict[str, Any]:
         trial = re.sub(r"[^\w.-]+", "-", f"{arm}-lr{rate:g}-seed{seed}")
         found = train_backbone(run, trial, config, data, trainer(arm), seed=seed, peak=rate,
                                mesh=mesh, slug=slug)  # fmt: skip
         if "flips" in found:
-            found["sad"] = found.pop("flips") / scope_size(build, scope)
+            found["sad"] = found.pop("flips") / scope_size(backbone_builder(config, data), scope)
         return found
 
     return train

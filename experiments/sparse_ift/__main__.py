@@ -15,9 +15,10 @@ from experiments.sparse_ift.report import draw, make_claims, tables
 
 def run(config: Config, run: Run) -> Result:
     """Trains every arm and compares them at equal FLOPs."""
-    train = digits_arm if config.is_mlp else backbone_arm(config, run)
+    digits = functools.partial(digits_arm, config)
+    train = digits if config.is_mlp else backbone_arm(config, run)
     arms = list(config.arms())
-    found = run_arms(run, SLUG, config, functools.partial(train, config), arms, config.lr)
+    found = run_arms(run, SLUG, config, train, arms, config.lr)
     made = tables(config, found)
     for table in made:
         print_table(run, table)

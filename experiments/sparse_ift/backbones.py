@@ -1,6 +1,5 @@
 """Backbones: how each arm is trained, and the setting of the paper as far as it can be built."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,17 +10,11 @@ from flax import nnx
 from jaxtyping import PyTree
 
 import sparsejax as sj
-from experiments.harness.data.images import load_images
-from experiments.harness.images import (
-    Method,
-    Trainer,
-    backbone_builder,
-    compile_trainer,
-    train_backbone,
-)
-from experiments.harness.nm_training import PAPER_IMAGES, PAPER_SIDE, check_backbone
+from experiments.harness.abstract_training import PAPER_IMAGES, PAPER_SIDE, check_backbone
+from experiments.harness.backbone_arms import backbone_runner
+from experiments.harness.data.images import ImageData
+from experiments.harness.images import Method, backbone_builder
 from experiments.harness.run import Run
-from experiments.harness.sharding import make_mesh
 from experiments.sparse_ift.config import SLUG, Arm, Config
 from experiments.sparse_ift.networks import (
     Builder,
@@ -60,27 +53,25 @@ def plan(arm: Arm, config: Config, build: Builder, spent: Cost, steps: int) -> M
     )
 
 
-def backbone_arm(config: Config, run: Run) -> Callable[..., dict[str, Any]]:
-    """Trains a backbone of these settings; reads the images once."""
-    data, mesh = load_images(config.dataset, side=config.image_size), make_mesh(config.mesh)
-    build, steps = backbone_builder(config, data), config.epochs * (data.examples // config.batch)
-    image = jax.ShapeDtypeStruct((1, data.side, data.side, data.channels), jnp.float32)
+def backbone_arm(config: Config, run: Run) -> Callable[[str, float, int], dict[str, Any]]:
+    """Trains a backbone of these settings, and says what each arm costs."""
+    costs: dict[str, Cost] = {}
 
-    @functools.cache
-    def trainer(name: str) -> tuple[Trainer, Cost]:
-        arm = config.arms()[name]
-        spent = cost(arm, config, build, image)
-        method = plan(arm, config, build, spent, steps)
-        return compile_trainer(config, data, method, mesh), spent
+    def backbone_plan(name: str, data: ImageData) -> Method:
+        arm, build = config.arms()[name], backbone_builder(config, data)
+        image = jax.ShapeDtypeStruct((1, data.side, data.side, data.channels), jnp.float32)
+        costs[name] = cost(arm, config, build, image)
+        steps = config.epochs * (data.examples // config.batch)
+        return plan(arm, config, build, costs[name], steps)
 
-    def train(config: Config, name: str, rate: float, seed: int) -> dict[str, Any]:
-        compiled, spent = trainer(name)
-        found = train_backbone(run, f"{name}-lr{rate:g}-seed{seed}", config, data, compiled,
-                               seed=seed, peak=rate, mesh=mesh, slug=SLUG)  # fmt: skip
+    train = backbone_runner(run, config, SLUG, backbone_plan)
+
+    def priced(name: str, rate: float, seed: int) -> dict[str, Any]:
+        found, spent = train(name, rate, seed), costs[name]
         flops = spent.training(config.arms()[name], config)
         return found | {"nonzeros": float(spent.nonzeros), "training_flops": flops}
 
-    return train
+    return priced
 
 
 def check(config: Config) -> list[str]:
