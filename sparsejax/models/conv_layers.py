@@ -77,7 +77,9 @@ class ConvNorm(nnx.Module):
         return jax.nn.relu(self.norm(self.conv(x), train=train))
 
 
-def classifier(config: ConvNetConfig, size_in: int, *, use_bias: bool = True, rngs) -> nnx.Linear:
+def classifier(
+    config: ConvNetConfig, size_in: int, *, use_bias: bool = True, rngs: nnx.Rngs
+) -> nnx.Linear:
     """The head, `[in, num_classes]`, which computes in float32."""
     return nnx.Linear(
         size_in,

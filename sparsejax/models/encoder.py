@@ -10,6 +10,7 @@ the Transformer Architecture", 2020 (norm before each branch).
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,9 @@ def full_attention(
     return (out / total).transpose(0, 2, 1, 3)
 
 
-def linear(config: EncoderConfig, size_in: int, size_out: int, *, rngs: nnx.Rngs, **options):
+def linear(
+    config: EncoderConfig, size_in: int, size_out: int, *, rngs: nnx.Rngs, **options: Any
+) -> nnx.Linear:
     """A matrix `[in, out]` with bias, which computes in `config.dtype` unless `options` say so."""
     return nnx.Linear(
         size_in,
