@@ -15,7 +15,13 @@ Images = Float[Array, "b h w c"]
 
 
 def conv(
-    config: ConvNetConfig, size_in: int, size_out: int, size: int, *, stride: int = 1, rngs: nnx.Rngs
+    config: ConvNetConfig,
+    size_in: int,
+    size_out: int,
+    size: int,
+    *,
+    stride: int = 1,
+    rngs: nnx.Rngs,
 ) -> nnx.Conv:
     """A convolution `[size, size, in, out]` without bias, padded by `size // 2` on every side.
 
