@@ -35,7 +35,7 @@ from experiments.harness.data.images import ImageData
 from experiments.harness.images import ImageConfig, Method, backbone_builder
 from experiments.harness.nm_training import (
     backbone_scope,
-    check_digits,
+    check_arms,
     digits_setup,
     digits_sgd,
     hidden_layers,
@@ -48,7 +48,7 @@ from sparsejax.weights import ProgressiveConfig, gradient_noise, progressive_vie
 from sparsejax.weights.progressive_gradient_flow import Recipe
 
 SLUG = "progressive_gradient_flow"
-MINUTES = {"laptop": "3", "test": "0.3", "paper": "checked abstractly"}
+MINUTES = {"laptop": "4", "test": "0.3", "paper": "checked abstractly"}
 LAYERS = 2
 NOISY = "layer1"  # whose gradient is measured
 LABELS = {
@@ -103,11 +103,7 @@ class Config(ImageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_digits(self)
-        if not self.lr or any(not rate > 0 for rate in self.lr):
-            raise ExperimentError(f"lr is {self.lr}; give positive values, one or several")
-        if self.width < 1:
-            raise ExperimentError(f"width is {self.width}; it must be at least 1")
+        check_arms(self, positive=("width",))
         if any(m < 2 for m in self.noise_m if self.noise_m != (0,)):
             raise ExperimentError(f"noise_m is {self.noise_m}; give sizes of 2 or more, or 0")
         self.arms(steps_per_epoch=1)  # their checks

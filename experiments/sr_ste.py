@@ -35,7 +35,7 @@ from experiments.harness.data.images import ImageData
 from experiments.harness.images import ImageConfig, Method, backbone_builder
 from experiments.harness.nm_training import (
     backbone_scope,
-    check_digits,
+    check_arms,
     digits_setup,
     digits_sgd,
     hidden_layers,
@@ -47,7 +47,7 @@ from experiments.harness.run import Run
 from sparsejax.core.selection import default_where
 
 SLUG = "sr_ste"
-MINUTES = {"laptop": "2", "test": "0.2", "paper": "checked abstractly"}
+MINUTES = {"laptop": "1", "test": "0.2", "paper": "checked abstractly"}
 METHODS = ("dense", "asp", "ste", "srste")
 LAYERS = 2
 
@@ -95,16 +95,9 @@ class Config(ImageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_digits(self)
-        digits.check_settings(
-            self, positive=("width",), known={"method": METHODS}, examples=10**9, one_device=False
-        )
-        for value in (*self.lambda_w, *self.lr):
-            if not value > 0:
-                raise ExperimentError(f"lambda_w and lr are {self.lambda_w} and {self.lr}; all "
-                                      "must be positive")  # fmt: skip
-        if not self.lambda_w or not self.lr:
-            raise ExperimentError("lambda_w or lr is empty; give one value or several")
+        check_arms(self, positive=("width",), known={"method": METHODS})
+        if not self.lambda_w or any(not pull > 0 for pull in self.lambda_w):
+            raise ExperimentError(f"lambda_w is {self.lambda_w}; give some, all must be positive")
         sj.NM(self.n, self.m)  # its checks
 
     @property
@@ -325,8 +318,8 @@ def draw(config: Config, run: Run, found: Found) -> None:
 
 def check(config: Config) -> list[str]:
     """Builds the paper's setting: groups that fit, and a traced step."""
-    steps = 10**6
-    return check_backbone(config, lambda build: plan(config, "srste", 2e-4, steps, build))
+    method, pull = list(config.arms().values())[-1]
+    return check_backbone(config, lambda build: plan(config, method, pull, config.epochs, build))
 
 
 EXPERIMENT = Experiment(

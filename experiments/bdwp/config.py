@@ -4,10 +4,9 @@ import dataclasses
 import re
 
 import sparsejax as sj
-from experiments.harness import digits
 from experiments.harness.config import ExperimentError
 from experiments.harness.images import ImageConfig
-from experiments.harness.nm_training import check_digits
+from experiments.harness.nm_training import check_arms
 from sparsejax.weights.bdwp import METHODS
 
 SLUG = "bdwp"
@@ -49,16 +48,11 @@ class Config(ImageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_digits(self)
-        digits.check_settings(
+        check_arms(
             self,
             positive=("width", "adder_latency"),
             known={"method": METHODS, "cost_models": tuple(PAPER_MODELS)},
-            examples=10**9,
-            one_device=False,
         )
-        if not self.lr or any(not rate > 0 for rate in self.lr):
-            raise ExperimentError(f"lr is {self.lr}; give positive values, one or several")
         if self.decay < 0 or self.pregenerate_steps < 0:
             raise ExperimentError(
                 f"decay is {self.decay} and pregenerate_steps {self.pregenerate_steps}; neither "

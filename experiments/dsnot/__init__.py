@@ -13,7 +13,7 @@ language model is pruned by each of these, with and without swaps.
 
 MINUTES = {
     "laptop": "2",
-    "pretrained": "not timed yet",
+    "pretrained": "180, beside other work",
     "test": "0.5",
     "paper": "checked abstractly",
 }

@@ -103,10 +103,11 @@ def batch_order(
 
 
 def sgd(
-    rate: Any, *, momentum: float | Array, weight_decay: float | Array
+    rate: Any, *, momentum: float | Array, weight_decay: float | Array, nesterov: bool = False
 ) -> optax.GradientTransformation:
     """SGD with momentum and coupled weight decay, of every parameter."""
-    return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum))
+    decay = optax.add_decayed_weights(weight_decay)
+    return optax.chain(decay, optax.sgd(rate, momentum, nesterov=nesterov))
 
 
 def check_settings(
@@ -116,19 +117,20 @@ def check_settings(
     shares: Sequence[str] = (),
     known: Mapping[str, Sequence[str]] | None = None,
     one_device: bool = True,
-    examples: int = TRAIN,
+    examples: int | None = TRAIN,
 ) -> None:
     """Refuses settings out of range, the batch included, and with `one_device` a mesh.
 
     Args:
       config: a `RunConfig` with a `batch`; a setting may be a value or a tuple of them, not empty.
       positive: names of those that are at least 1. shares: of those in [0, 1].
-      known: allowed values of a setting by its name. examples: the most that a batch may hold.
+      known: allowed values of a setting by its name.
+      examples: the most that a batch may hold, None for any number.
 
     Raises:
       ExperimentError: naming the setting.
     """
-    if not 1 <= config.batch <= examples:
+    if examples is not None and not 1 <= config.batch <= examples:
         raise ExperimentError(f"batch is {config.batch}; it must be from 1 to {examples}")
     if one_device and (config.mesh is not None or config.multihost):
         raise ExperimentError("mesh and multihost are not for this experiment: it runs on 1 device")

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 import sparsejax as sj
+from experiments.harness import digits
 from experiments.harness.config import ExperimentError, RunConfig
 from experiments.harness.data.images import ImageData
 from experiments.harness.run import Run
@@ -138,8 +139,8 @@ def make_optimizer(config: ImageConfig, rate: Any) -> optax.GradientTransformati
     if config.optimizer == "adamw":
         adamw = optax.adamw(rate, weight_decay=config.weight_decay)
         return optax.chain(optax.clip_by_global_norm(1.0), adamw)
-    decay = optax.add_decayed_weights(config.weight_decay)
-    return optax.chain(decay, optax.sgd(rate, config.momentum, nesterov=config.nesterov))
+    return digits.sgd(rate, momentum=config.momentum, weight_decay=config.weight_decay,
+                      nesterov=config.nesterov)  # fmt: skip
 
 
 def build_backbone(

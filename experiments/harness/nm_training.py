@@ -1,6 +1,6 @@
 """What the experiments on N:M training share: the digits network, scopes and the bad input."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 
 import sparsejax as sj
 from experiments.harness import digits
+from experiments.harness.config import ExperimentError
 from experiments.harness.images import (
     ImageConfig,
     learning_rate,
@@ -38,14 +39,30 @@ def scope_size(build: Callable[[nnx.Rngs], nnx.Module], where: sj.Where) -> int:
     return sum(leaves[path].size for path in sj.selected_paths(params, where))
 
 
-def check_digits(config: ImageConfig) -> None:
-    """Refuses a batch that the digits do not fill, on the laptop's network.
+def check_arms(
+    config: Any,
+    *,
+    positive: Sequence[str] = (),
+    known: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Refuses learning rates `lr` and other settings out of range, and on digits the batch.
+
+    Args:
+      config: an `ImageConfig` with the peak rates `lr`.
+      positive, known: see `digits.check_settings`.
 
     Raises:
-      ExperimentError: naming it.
+      ExperimentError: naming the setting.
     """
-    if config.is_mlp:
-        digits.check_settings(config, positive=("epochs",), examples=digits.SPLIT)
+    digits.check_settings(
+        config,
+        positive=positive,
+        known=known,
+        one_device=config.is_mlp,
+        examples=digits.SPLIT if config.is_mlp else None,
+    )
+    if not config.lr or any(not rate > 0 for rate in config.lr):
+        raise ExperimentError(f"lr is {config.lr}; give positive values, one or several")
 
 
 def digits_setup(

@@ -4,10 +4,9 @@ import dataclasses
 import re
 from typing import Literal
 
-from experiments.harness import digits
 from experiments.harness.config import ExperimentError
 from experiments.harness.images import ImageConfig
-from experiments.harness.nm_training import check_digits
+from experiments.harness.nm_training import check_arms
 
 SLUG = "sparse_ift"
 FAMILIES = ("dense", "narrow", "wide", "parallel", "factorized", "doped")
@@ -83,13 +82,7 @@ class Config(ImageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_digits(self)
-        digits.check_settings(
-            self, positive=("width", "update_every"), known={"mask": MASKS}, examples=10**9,
-            one_device=False,
-        )  # fmt: skip
-        if not self.lr or any(not rate > 0 for rate in self.lr):
-            raise ExperimentError(f"lr is {self.lr}; give positive values, one or several")
+        check_arms(self, positive=("width", "update_every"), known={"mask": MASKS})
         if not 0 <= self.drop_fraction < 1:
             raise ExperimentError(f"drop_fraction is {self.drop_fraction}; it must be in [0, 1)")
         if not 0 < self.end_fraction <= 1:
