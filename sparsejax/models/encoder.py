@@ -14,17 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, PyTree
 
-from sparsejax.core.selection import path_name
 from sparsejax.models.blocks import matrix_dot_general, put_block, run_blocks, take_block
 from sparsejax.models.encoder_config import EncoderConfig
 from sparsejax.models.gpt import LayerNorm
-from sparsejax.models.llama_config import require
+from sparsejax.models.partition import Rules, specs_of
 
 
 def full_attention(
@@ -183,9 +180,7 @@ ENCODER_RULES: Mapping[str, str | None] = MappingProxyType({"heads": "model", "m
 """Logical axis to mesh axis, as tensor parallelism wants it; the rest is replicated."""
 
 
-def encoder_param_specs(
-    params: PyTree, rules: Mapping[str, str | tuple[str, ...] | None] = ENCODER_RULES
-) -> PyTree:
+def encoder_param_specs(params: PyTree, rules: Rules = ENCODER_RULES) -> PyTree:
     """The PartitionSpec of every leaf of a `ViT` or a `TextClassifier`.
 
     params: `nnx.split(model)[1]`, its abstract twin, or any tree whose paths end as the
@@ -195,27 +190,9 @@ def encoder_param_specs(
 
     Raises ValueError for an unknown logical axis or parameter.
 
+    >>> from jax.sharding import PartitionSpec
     >>> specs = encoder_param_specs({"up_proj": {"kernel": jnp.ones((2, 4, 8))}})
     >>> specs["up_proj"]["kernel"] == PartitionSpec(None, None, "model")
     True
     """
-    known = {"layers"}.union(*ENCODER_AXES.values())
-    require(
-        set(rules) <= known,
-        f"rules names {sorted(set(rules) - known)}; logical axes are {', '.join(sorted(known))}.",
-    )
-
-    def spec(path, leaf) -> PartitionSpec:
-        if np.ndim(leaf) == 0:
-            return PartitionSpec()
-        name, ndim = path_name(path), np.ndim(leaf)
-        axes = ENCODER_AXES.get("/".join(name.split("/")[-2:]))
-        require(
-            axes is not None and ndim - len(axes) in (0, 1),
-            f"path is {name!r}, with {ndim} axes; the parameters of encoders end in "
-            f"{', '.join(ENCODER_AXES)}, and have their axes or one more, of layers.",
-        )
-        axes = ("layers",) * (ndim - len(axes or ())) + (axes or ())
-        return PartitionSpec(*(rules.get(axis) for axis in axes))
-
-    return jax.tree_util.tree_map_with_path(spec, params)
+    return specs_of(params, rules, ENCODER_AXES, "encoders")

@@ -18,10 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from sparsejax.core.selection import path_name
 from sparsejax.models.attention import causal_attention
 from sparsejax.models.blocks import (
     decode_blocks,
@@ -32,6 +30,7 @@ from sparsejax.models.blocks import (
 )
 from sparsejax.models.decoding import DType, KVCache, check_cache, write_layer
 from sparsejax.models.llama_config import LlamaConfig, require
+from sparsejax.models.partition import Rules, axes_of, specs_of
 
 Rope = tuple[Float[Array, "#b t half"], Float[Array, "#b t half"]]
 
@@ -319,6 +318,7 @@ LOGICAL_AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 """What each axis of a parameter means, by the end of its path; the stack puts `layers` in front."""
+_OWNER = "Llama and Gpt"
 
 DEFAULT_RULES: Mapping[str, str | None] = MappingProxyType(
     {"vocab": "model", "heads": "model", "mlp": "model"}
@@ -332,20 +332,10 @@ def logical_axes(path: str, ndim: int) -> tuple[str, ...]:
     Only the last two parts of `path` count. Raises ValueError if neither `Llama` nor `Gpt` has such
     a parameter or it has neither `ndim` axes nor, without the layer axis, one fewer.
     """
-    names = LOGICAL_AXES.get("/".join(path.split("/")[-2:]))
-    require(
-        names is not None,
-        f"path is {path!r}; the parameters of Llama and Gpt end in {', '.join(LOGICAL_AXES)}.",
-    )
-    names = cast(tuple[str, ...], names)
-    extra = ndim - len(names)
-    require(extra in (0, 1), f"{path} has {ndim} axes; it must be {names} or ('layers', *{names}).")
-    return ("layers",) * extra + names
+    return axes_of(path, ndim, LOGICAL_AXES, _OWNER)
 
 
-def param_specs(
-    params: PyTree, rules: Mapping[str, str | tuple[str, ...] | None] = DEFAULT_RULES
-) -> PyTree:
+def param_specs(params: PyTree, rules: Rules = DEFAULT_RULES) -> PyTree:
     """The PartitionSpec of every leaf, in the structure of `params`.
 
     params: `nnx.split(model)[1]`, its abstract twin, or any tree whose paths end as the
@@ -354,20 +344,9 @@ def param_specs(
 
     Raises ValueError for an unknown logical axis or parameter.
 
+    >>> from jax.sharding import PartitionSpec
     >>> specs = param_specs({"up_proj": {"kernel": jnp.ones((2, 4, 8))}})  # [layers, in, out]
     >>> specs["up_proj"]["kernel"] == PartitionSpec(None, None, "model")
     True
     """
-    known = {"layers"}.union(*LOGICAL_AXES.values())
-    require(
-        set(rules) <= known,
-        f"rules names {sorted(set(rules) - known)}; logical axes are {', '.join(sorted(known))}.",
-    )
-
-    def spec(path, leaf) -> PartitionSpec:
-        if np.ndim(leaf) == 0:
-            return PartitionSpec()
-        names = logical_axes(path_name(path), np.ndim(leaf))
-        return PartitionSpec(*(rules.get(name) for name in names))
-
-    return jax.tree_util.tree_map_with_path(spec, params)
+    return specs_of(params, rules, LOGICAL_AXES, _OWNER)
