@@ -48,7 +48,7 @@ def exploring(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> Any:
         updates, inner = tx.update(updates, state.inner, params)
-        ever = jax.tree.map(jnp.logical_or, state.ever, inner.masks)  # type: ignore[union-attr]
+        ever = sj.exploration_update(state.ever, inner.masks)  # type: ignore[union-attr]
         always = jax.tree.map(jnp.logical_and, state.always, inner.masks)  # type: ignore[union-attr]
         return updates, Explored(inner, ever, always)
 

@@ -56,11 +56,12 @@ class Cost(NamedTuple):
     def training(self, arm: Arm, config: Config) -> float:
         """Floating-point operations of training on one example, mean over all steps."""
         forward, dense = 2 * self.used, 2 * self.whole
+        still = sj.training_flops("static", sparse=forward, dense=dense)
         if arm.family == "dense" or arm.mask != "rigl":
-            return 3 * forward
+            return still
         every = config.update_every
-        moving = (3 * forward * every + 2 * forward + dense) / (every + 1)
-        return config.end_fraction * moving + (1 - config.end_fraction) * 3 * forward
+        moving = sj.training_flops("rigl", sparse=forward, dense=dense, interval=every)
+        return config.end_fraction * moving + (1 - config.end_fraction) * still
 
 
 def build_arm(arm: Arm, config: Config, build: Builder, rngs: nnx.Rngs) -> nnx.Module:
