@@ -49,10 +49,10 @@ def not_on(platform: str, *, interpret: Any = False) -> list[str]:
     return [] if interpret or found == platform else [f"it is for {platform}, this is {found}"]
 
 
-def not_of_dtype(dtype: Any, allowed: Sequence[str]) -> list[str]:
-    """The reason of a kernel that has no form for a dtype."""
+def not_of_dtype(dtype: Any, allowed: Sequence[str], *, of: str = "x") -> list[str]:
+    """The reason of a kernel that has no form for the dtype of the array that is called `of`."""
     name = jnp.dtype(dtype).name
-    return [] if name in allowed else [f"x is {name}, it takes {', '.join(allowed)}"]
+    return [] if name in allowed else [f"{of} is {name}, it takes {', '.join(allowed)}"]
 
 
 def choose(

@@ -62,7 +62,11 @@ def run_suite(
     )
     parser.add_argument("--preset", choices=tuple(presets), default="laptop", help="sizes")
     parser.add_argument("--out", default="runs", help="folder for the figures")
+    names = [build.__name__.removesuffix("_groups") for build in builders]
+    parser.add_argument("--only", choices=names, help="one part of the table")
     chosen = parser.parse_args(arguments)
+    if chosen.only is not None:
+        builders = [builders[names.index(chosen.only)]]
     folder = pathlib.Path(chosen.out) / "benchmarks"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -61,16 +61,22 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """What the ratio of an alternative should be at most; 1 / 100 is a hundred times faster."""
+    """What the ratio of an alternative should be at most; 1 / 100 is a hundred times faster.
+
+    Attributes:
+      limit: of the wall time. cpu_limit: of the CPU time, by default anything.
+    """
 
     limit: float
+    cpu_limit: float = math.inf
 
     def __str__(self) -> str:
-        return f"<= {_factor(self.limit)}"
+        cpu = "" if math.isinf(self.cpu_limit) else f", CPU <= {_factor(self.cpu_limit)}"
+        return f"<= {_factor(self.limit)}{cpu}"
 
     def met(self, timing: Timing) -> bool:
         """Whether the medians of a run meet it."""
-        return timing.ratio <= self.limit
+        return timing.ratio <= self.limit and timing.cpu_ratio <= self.cpu_limit
 
 
 def compare(

@@ -3,7 +3,8 @@
 import json
 import math
 
-from experiments.benchmarks import kernels
+from experiments.benchmarks.kernels import __main__ as kernels
+from experiments.benchmarks.kernels import common
 
 
 def test_the_small_preset_runs_and_writes_every_row(tmp_path, capsys):
@@ -22,5 +23,5 @@ def test_the_small_preset_runs_and_writes_every_row(tmp_path, capsys):
 
 def test_the_sorts_are_judged_by_the_fastest():
     naps = {"slow": 0.02, "fast": 0.001, "middle": 0.01}
-    calls = {name: (lambda s=seconds: kernels.time.sleep(s)) for name, seconds in naps.items()}
-    assert kernels._fastest(calls) == "fast"
+    calls = {name: (lambda s=seconds: common.time.sleep(s)) for name, seconds in naps.items()}
+    assert common.fastest(calls) == "fast"
