@@ -1,6 +1,7 @@
 """`python -m experiments.benchmarks.kernels`."""
 
 import experiments.benchmarks.kernels
+from experiments.benchmarks.kernels.block_sparse_attention import attention_groups
 from experiments.benchmarks.kernels.common import Config
 from experiments.benchmarks.kernels.statistical_topk import topk_relu_groups, topk_sort_groups
 from experiments.benchmarks.suite import run_suite
@@ -9,7 +10,7 @@ PRESETS = {
     "laptop": Config("laptop", rounds=31, slow_rounds=15, min_seconds=0.01),
     "test": Config("test", rounds=2, slow_rounds=2, min_seconds=1e-4),
 }
-BUILDERS = (topk_sort_groups, topk_relu_groups)
+BUILDERS = (topk_sort_groups, topk_relu_groups, attention_groups)
 
 
 def main(arguments: list[str] | None = None) -> None:
