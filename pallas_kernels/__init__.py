@@ -5,6 +5,7 @@ the `custom_vjp`; its `reference` module is the definition that all implementati
 against. `README.md` says how to add one.
 """
 
+from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.statistical_topk import statistical_topk
 
-__all__ = ["statistical_topk"]
+__all__ = ["block_sparse_attention", "statistical_topk"]
