@@ -111,7 +111,8 @@ def block_sparse_attention(
         blocks=blocks,
         interpret=interpret,
     )
-    out, lse = _apply(call, tiles)
+    found: tuple[Array, Array] = _apply(call, tiles)
+    out, lse = found
     heads, queries, _ = q.shape
     return (
         unfold(out, heads, queries, block_q),
@@ -139,8 +140,8 @@ def _apply(call: _Call, tiles: Tiles) -> tuple[Array, Array]:
 
 
 def _forward(call: _Call, tiles: Tiles) -> tuple[Any, Any]:
-    out, lse = _apply(call, tiles)
-    return (out, lse), (tiles, out, lse)
+    found: tuple[Array, Array] = _apply(call, tiles)
+    return found, (tiles, *found)
 
 
 def _backward(call: _Call, residuals: Any, cotangents: Any) -> tuple[Tiles]:

@@ -42,7 +42,7 @@ def logits(
     found = products * rule.scale
     if log_weight is not None:
         found = found + log_weight
-    if rule.mask_mod is not None:
+    if rule.mask_mod is not None and positions is not None:
         allowed = allowed & rule.mask_mod(*positions)
     return jnp.where(allowed, found, -jnp.inf)
 

@@ -20,14 +20,14 @@ def block_sparse_attention(
 ) -> tuple[Float[Array, "hq lq dv"], Float[Array, "hq lq"]]:
     """As the op, with `Lq * Lk` entries a head in memory; differentiated by JAX."""
     heads, queries, width = q.shape
-    scale = width**-0.5 if scale is None else scale
+    factor = width**-0.5 if scale is None else scale
     positions = jnp.arange(queries, dtype=jnp.int32) if q_pos is None else q_pos
     wide = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     logits, values = [], []
     for source in sources:
         own = heads // source.k.shape[0]
         k, v = (jnp.repeat(x, own, axis=0).astype(wide) for x in (source.k, source.v))
-        s = jnp.einsum("hqd,hkd->hqk", q.astype(wide), k) * scale
+        s = jnp.einsum("hqd,hkd->hqk", q.astype(wide), k) * factor
         if source.log_weight is not None:
             s = s + jnp.repeat(source.log_weight, own, axis=0)[:, None].astype(wide)
         times = multiplicity(source, heads, queries, block_q)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jaxtyping import Float, Int, PyTree
 
 MaskMod = Callable[[Array, Array], Array]
@@ -145,7 +146,7 @@ def validate_sources(
     check_shapes(q, sources, block_q, None)
     for i, source in enumerate(sources):
         name = f"sources[{i}]"
-        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(source)):
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves(source)):
             raise TypeError(f"{name} is traced; validate_sources reads what the arrays hold")
         starts, counts = np.asarray(source.starts, np.int64), np.asarray(source.counts)
         slots, length = starts.shape[2], source.k.shape[1]
@@ -202,7 +203,10 @@ def merge_lse(
     total = sum(weights[1:], weights[0])
     some = total > 0
     divisor = jnp.where(some, total, 1)
-    out = sum(out.astype(w.dtype) * (w / divisor)[..., None] for (out, _), w in zip(parts, weights))
+    shares = [(w / divisor)[..., None] for w in weights]
+    out = jnp.zeros_like(shares[0])
+    for (part, _), share in zip(parts, shares):
+        out = out + part.astype(share.dtype) * share
     lse = jnp.where(some, top + jnp.log(divisor), -jnp.inf)
     return out.astype(parts[0][0].dtype), lse
 

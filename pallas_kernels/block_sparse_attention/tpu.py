@@ -127,8 +127,9 @@ def backward(
         written = jnp.broadcast_to(written, (own, n))[..., None, None]
         sums = [_of_keys(jnp.where(written, x[:, :n], 0), source) for x in sums]
         dk, dv, *dw = sums
-        weight = dw[0][..., 0].astype(source.log_weight.dtype) if dw else None
-        found.append((dk.astype(source.k.dtype), dv.astype(source.v.dtype), weight))
+        weight = source.log_weight
+        dw = None if weight is None else dw[0][..., 0].astype(weight.dtype)
+        found.append((dk.astype(source.k.dtype), dv.astype(source.v.dtype), dw))
     return Gradients(dq.astype(tiles.q.dtype), tuple(found))
 
 

@@ -124,15 +124,16 @@ def _key_gradients(
     interpret: Any,
 ) -> tuple[Array, Array, Array | None]:
     own, (narrow, length, width) = tiles.q.shape[0], source.k.shape
-    sizes = {"dk": (width,), "dv": (source.v.shape[2],)}
+    sizes: dict[str, tuple[int, ...]] = {"dk": (width,), "dv": (source.v.shape[2],)}
     if source.log_weight is not None:
         sizes["dw"] = ()
     outs = [jax.ShapeDtypeStruct((own, length, *size), jnp.float32) for size in sizes.values()]
     kernel = functools.partial(_key_kernel, weighted=source.log_weight is not None)
     sums = _call(kernel, tiles, source, rule, arrays, outs, blocks, interpret)
     dk, dv, *dw = (jnp.sum(x.reshape(narrow, -1, *x.shape[1:]), axis=1) for x in sums)
-    weight = dw[0].astype(source.log_weight.dtype) if dw else None
-    return dk.astype(source.k.dtype), dv.astype(source.v.dtype), weight
+    weight = source.log_weight
+    dw = None if weight is None else dw[0].astype(weight.dtype)
+    return dk.astype(source.k.dtype), dv.astype(source.v.dtype), dw
 
 
 def _keyed(tiles: Tiles, source: KVSource, rule: Rule) -> dict[str, Array]:

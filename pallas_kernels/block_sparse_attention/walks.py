@@ -47,10 +47,8 @@ def by_query(source: KVSource) -> Walk:
     flags = _flags(used, slot == 0, slot == slots - 1)
     queries = jnp.broadcast_to(jnp.arange(nq, dtype=jnp.int32)[:, None], used.shape)
     masks = source.tile_mask
-    return Walk(
-        *(x.reshape(rows, -1) for x in (queries, keys, flags)),
-        None if masks is None else masks.reshape(rows, -1),
-    )
+    queries, keys, flags = (x.reshape(rows, -1) for x in (queries, keys, flags))
+    return Walk(queries, keys, flags, None if masks is None else masks.reshape(rows, -1))
 
 
 def by_key(source: KVSource) -> Walk:

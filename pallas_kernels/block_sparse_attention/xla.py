@@ -32,7 +32,8 @@ def forward(tiles: Tiles, rule: Rule, *, blocks: None, interpret: object) -> tup
         top = parts[0].logits.max(-1, keepdims=True)
         for part in parts[1:]:
             top = jnp.maximum(top, part.logits.max(-1, keepdims=True))
-        total, out = 0, 0
+        total = jnp.zeros_like(top)
+        out = jnp.zeros((rows, tiles.sources[0].v.shape[2]), top.dtype)
         for part in parts:
             p = jnp.exp(part.logits - a.finite(top))
             total = total + jnp.sum(p, axis=-1, keepdims=True)
@@ -60,7 +61,7 @@ def backward(
 
     def one(sums: Any, at: Any) -> tuple[Any, Array]:
         h, t, q, lse, dout, delta = at
-        dq, found = 0, []
+        dq, found = jnp.zeros(q.shape, a.wide(q.dtype)), []
         for source, (dk, dv, dw) in zip(tiles.sources, sums):
             part = _part(source, rule, tiles, h, t, q)
             dp = _dot(dout, part.v, 1, 1)
