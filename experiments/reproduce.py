@@ -18,6 +18,8 @@ from experiments.harness.run import write_atomic, write_json
 
 KEPT = ("slug", "paper", "preset", "claims", "card", "metrics", "tables", "seconds", "device",
         "cores", "versions", "commit")  # fmt: skip
+LOADED = ("pretrained", "retrained")
+"""Presets that take a pretrained model."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = "\n".join([f"# Results\n\n{claims}", *map(markdown_table, tables)])
     write_atomic(options.results, text)
     if options.readme.is_file():
-        loaded = [summary for summary in summaries if summary["preset"] == "pretrained"]
+        loaded = [summary for summary in summaries if summary["preset"] in LOADED]
         sections = {
             "results": claims,
             "pretrained": "\n".join(markdown_table(t) for s in loaded for t in s["tables"]),

@@ -104,6 +104,22 @@ class Config(LanguageConfig):
         return sj.NM.parse(self.pattern, ties="lowest")
 
 
+PRETRAINED = Config(
+    preset="pretrained",
+    model="smollm2",
+    seeds=1,
+    batch=1,
+    seq_len=511,
+    steps=1200,
+    learning_rates=(2.5e-4,),
+    schedule="wsd",
+    l1_decay=1e-4,
+    methods=(*ONE_SHOT, "cast", "naive"),
+    calibration=32,
+    eval_windows=24,
+    log_every=50,
+    checkpoint_every=150,
+)
 PRESETS = {
     "laptop": Config(),
     "test": Config(
@@ -120,22 +136,9 @@ PRESETS = {
         log_every=5,
         force=True,
     ),
-    "pretrained": Config(
-        preset="pretrained",
-        model="smollm2",
-        seeds=1,
-        batch=1,
-        seq_len=511,
-        steps=1200,
-        learning_rates=(2.5e-4,),
-        schedule="wsd",
-        l1_decay=1e-4,
-        methods=(*ONE_SHOT, "cast", "naive"),
-        calibration=32,
-        eval_windows=24,
-        log_every=50,
-        checkpoint_every=150,
-    ),
+    "pretrained": PRETRAINED,
+    # the same for two starting masks more, as long again
+    "retrained": dataclasses.replace(PRETRAINED, preset="retrained", methods=tuple(RETRAINED)),
     "paper": Config(
         preset="paper",
         model="llama-2-7b",
