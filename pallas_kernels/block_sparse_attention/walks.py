@@ -42,7 +42,8 @@ def by_query(source: KVSource) -> Walk:
     last = jnp.minimum(
         jnp.arange(slots, dtype=jnp.int32), jnp.maximum(source.counts - 1, 0)[..., None]
     )
-    keys = jnp.minimum(jnp.take_along_axis(ids, last, axis=2), key_tiles(source) - 1)
+    # an empty list may hold anything
+    keys = jnp.clip(jnp.take_along_axis(ids, last, axis=2), 0, key_tiles(source) - 1)
     slot = jnp.arange(slots, dtype=jnp.int32)
     flags = _flags(used, slot == 0, slot == slots - 1)
     queries = jnp.broadcast_to(jnp.arange(nq, dtype=jnp.int32)[:, None], used.shape)

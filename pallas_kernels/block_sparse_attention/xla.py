@@ -108,7 +108,7 @@ def _part(source: KVSource, rule: Rule, tiles: Tiles, h: Array, t: Array, q: Arr
     starts, slots = source.starts[row, t], source.starts.shape[2]
     # a window that would run past the keys lies before their end, and is cut at its start
     width = min(source.width, source.k.shape[1])
-    begins = jnp.minimum(starts, source.k.shape[1] - width)
+    begins = jnp.clip(starts, 0, source.k.shape[1] - width)  # unused slots hold anything
     tokens = begins[:, None] + jnp.arange(width, dtype=jnp.int32)
     allowed = (jnp.arange(slots, dtype=jnp.int32) < source.counts[row, t])[:, None] & (
         tokens >= starts[:, None]

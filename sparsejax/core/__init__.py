@@ -100,6 +100,12 @@ from sparsejax.core.selection import (
     path_name,
     selected_paths,
 )
+from sparsejax.core.statistical import (
+    StatisticalMode,
+    compact_indices,
+    gaussian_threshold,
+    statistical_topk,
+)
 from sparsejax.core.topk import (
     exact_topk_mask,
     exact_topk_threshold,
@@ -160,6 +166,7 @@ __all__ = [
     "SparsityState",
     "SparsitySummary",
     "StaticSparsityState",
+    "StatisticalMode",
     "Timing",
     "TrainingPath",
     "Unstructured",
@@ -170,6 +177,7 @@ __all__ = [
     "block_occupancy",
     "cel0_threshold",
     "check_masks",
+    "compact_indices",
     "compare_masks",
     "cosine_drop",
     "count_masks",
@@ -191,6 +199,7 @@ __all__ = [
     "flops_report",
     "fraction_groups_2_of_4",
     "fraction_table",
+    "gaussian_threshold",
     "get_masks",
     "global_topk_masks",
     "gradient_saliency",
@@ -241,6 +250,7 @@ __all__ = [
     "sr_ste",
     "srste_decay",
     "static_sparsity",
+    "statistical_topk",
     "ste",
     "stepwise_nm",
     "storage_bytes",
