@@ -30,7 +30,13 @@ hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
 
 ROOT = pathlib.Path(__file__).parent
-LIBRARY = ("tests/core/", "tests/weights/", "tests/models/", "tests/pallas_kernels/")
+LIBRARY = (
+    "tests/core/",
+    "tests/weights/",
+    "tests/activations/",
+    "tests/models/",
+    "tests/pallas_kernels/",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-import pallas_kernels
-
 StatisticalMode = Literal["soft", "hard", "neg_inf", "mask"]
 _ROUNDED = (None, jnp.bfloat16)
 
@@ -84,9 +82,7 @@ def statistical_topk(
     where = None if where is None else jnp.moveaxis(where, axis, -1)
     options = {"mode": mode, "stop_gradient_threshold": stop_gradient_threshold}
     if plain:
-        y = pallas_kernels.statistical_topk(
-            x, k, target_sparsity=target_sparsity, where=where, **options
-        )
+        y = _fused()(x, k, target_sparsity=target_sparsity, where=where, **options)
     else:
         y = _spread_or_rounded(
             x, k, target_sparsity, axis_name=axis_name, accum_dtype=accum_dtype, **options
@@ -116,8 +112,15 @@ def gaussian_threshold(
         raise ValueError(f"axis {axis} is not an axis of shape {x.shape}")
     x = jnp.moveaxis(x, axis, -1)
     where = None if where is None else jnp.moveaxis(where, axis, -1)
-    _, threshold = pallas_kernels.statistical_topk(x, k, where=where, return_threshold=True)
+    _, threshold = _fused()(x, k, where=where, return_threshold=True)
     return jnp.moveaxis(threshold, -1, axis)
+
+
+def _fused() -> Any:
+    """The op; imported late, because Pallas takes long to import and few programs need it."""
+    from pallas_kernels import statistical_topk
+
+    return statistical_topk
 
 
 def _spread_or_rounded(
@@ -134,7 +137,7 @@ def _spread_or_rounded(
     shards = 1 if axis_name is None else lax.axis_size(axis_name)
     # for what it refuses: the op on one row of the whole length
     row = jnp.zeros((x.shape[-1] * shards,), x.dtype)
-    pallas_kernels.statistical_topk(row, k, target_sparsity=target_sparsity, mode=mode)
+    _fused()(row, k, target_sparsity=target_sparsity, mode=mode)
     share = k / row.size if k is not None else 1 - (target_sparsity or 0)
     if share >= 1:
         return jnp.isfinite(x) if mode == "mask" else x
