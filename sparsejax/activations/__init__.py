@@ -17,6 +17,16 @@ from sparsejax.activations.block_ffn_losses import (
     reuse_ratio,
     token_level_sparsity,
 )
+from sparsejax.activations.core_matching import (
+    compact_ffn,
+    core_neurons,
+    core_tokens,
+    elbow_threshold,
+    gated_ffn,
+    neuron_overlap,
+    prune_cache,
+    reference_set,
+)
 from sparsejax.activations.input_sparsity import (
     InputSetting,
     SparseInputs,
@@ -24,6 +34,7 @@ from sparsejax.activations.input_sparsity import (
     input_thresholds,
     sparse_inputs,
 )
+from sparsejax.activations.measure import measure_activations
 from sparsejax.activations.orthogonal_transform import column_orthogonal_transform, fold_norms
 from sparsejax.activations.spark import (
     neuron_major,
@@ -32,6 +43,13 @@ from sparsejax.activations.spark import (
     statistical_ffn,
 )
 from sparsejax.activations.speculative import SpeculativeResult, speculative_decode
+from sparsejax.activations.topk_mlp import (
+    Selector,
+    activation_stats,
+    merge_activation_stats,
+    relu_mlp,
+    top_k_activation,
+)
 from sparsejax.activations.wina import (
     column_norms,
     empirical_icdf,
@@ -62,9 +80,11 @@ __all__ = [
     "ExpertPath",
     "InputSetting",
     "RouterNorm",
+    "Selector",
     "SparseInputs",
     "SpeculativeResult",
     "activation_locality_loss",
+    "activation_stats",
     "adaptive_factor_init",
     "adaptive_factor_step",
     "allocation_at",
@@ -75,21 +95,32 @@ __all__ = [
     "chunk_sparsification_loss",
     "column_norms",
     "column_orthogonal_transform",
+    "compact_ffn",
+    "core_neurons",
+    "core_tokens",
     "effective_sparsity",
+    "elbow_threshold",
     "empirical_icdf",
     "expert_probabilities",
     "fold_norms",
+    "gated_ffn",
     "greedy_allocation",
     "input_histograms",
     "input_scores",
     "input_thresholds",
     "kept_inputs",
     "low_rank_factors",
+    "measure_activations",
+    "merge_activation_stats",
     "neuron_major",
+    "neuron_overlap",
     "prefill_positions",
     "product_of_kept",
+    "prune_cache",
     "r_sparse_budget",
     "r_sparse_linear",
+    "reference_set",
+    "relu_mlp",
     "relu_rms_router",
     "reuse_ratio",
     "spark_attention",
@@ -101,5 +132,6 @@ __all__ = [
     "teal_histogram",
     "teal_threshold",
     "token_level_sparsity",
+    "top_k_activation",
     "wina_mask",
 ]

@@ -33,12 +33,12 @@ def activations(m=20, f=48, seed=0):
 
 @functools.cache
 def ffn(f=24, d=8):
-    keys = jax.random.split(jax.random.key(3), 3)
-    return {n: jax.random.normal(k, (f, d)) for n, k in zip(("gate", "up", "down"), keys)}
+    gate, up, down = jax.random.normal(jax.random.key(3), (3, f, d))
+    return {"gate": gate, "up": up, "down": down}
 
 
 def neurons_by_loops(a, rho, beta, valid=None):
-    a = np.asarray(a)
+    a = np.asarray(a, np.float32)
     rows = a if valid is None else a[np.asarray(valid)]
     limit = max(1, int(rho * np.sum(rows > 0) / len(rows)))
     counts = np.zeros(a.shape[1], int)
@@ -107,12 +107,9 @@ def test_core_neurons_of_the_published_code(reference):
         # an input of 1 whose gate is 1 and whose up-projection gives the activation of the vectors
         down = jnp.asarray(case["down_weight"]).T
         up = jnp.asarray(case["decode_activation"][0]) / jax.nn.silu(1.0)
-        column = jnp.zeros_like(down)
-        params = {
-            "gate": column.at[:, 0].set(1.0),
-            "up": column.at[:, 0].set(up.astype(down.dtype)),
-            "down": down,
-        }
+        nothing = jnp.zeros_like(down)
+        gate, up = nothing.at[:, 0].set(1.0), nothing.at[:, 0].set(up.astype(down.dtype))
+        params = {"gate": gate, "up": up, "down": down}
         x = jnp.zeros((1, down.shape[1])).at[:, 0].set(1.0)
         y = decode(params, idx, x)
         np.testing.assert_allclose(y, case["decode_y_stable"], rtol=1e-9, atol=1e-9)
@@ -137,10 +134,11 @@ def test_curves_with_ties_plateaus_and_three_points(reference):
     [(0.2, 0.4, False), (0.4, 0.25, True), (1.0, 1.0, True), (0.01, 0.03, False)],
 )
 def test_core_neurons_are_those_of_the_definition(rho, beta, padded):
-    for a in (activations(), jnp.round(activations() * 2) / 2):  # the second has ties
+    a = activations()
+    for values in (a, jnp.round(a * 2) / 2, a.astype(jnp.bfloat16)):  # the last two have ties
         valid = jnp.arange(20) < 13 if padded else None
-        idx, counts = neurons(a, rho=rho, beta=beta, where=valid)
-        core, wanted = neurons_by_loops(a, rho, beta, valid)
+        idx, counts = neurons(values, rho=rho, beta=beta, where=valid)
+        core, wanted = neurons_by_loops(values, rho, beta, valid)
         np.testing.assert_array_equal(counts, wanted)
         np.testing.assert_array_equal(idx, core)
         assert idx.dtype == counts.dtype == jnp.int32
@@ -160,13 +158,10 @@ def test_the_limit_is_the_mean_of_all_tokens_rounded_down_exactly():
 
 def test_a_limit_of_none_is_one_and_neurons_never_counted_fill_the_set():
     a = -1 - jnp.arange(12.0).reshape(2, 6)  # nothing is positive
-    idx, counts = neurons(a, beta=0.5)
-    np.testing.assert_array_equal(counts, [2, 0, 0, 0, 0, 0])
-    np.testing.assert_array_equal(idx, [0, 1, 2])
-    np.testing.assert_array_equal(counts[idx] > 0, [True, False, False])
-    idx, counts = neurons(a, beta=0.5, where=jnp.zeros(2, bool))
-    np.testing.assert_array_equal(idx, [0, 1, 2])
-    assert not counts.any()
+    for valid, times in ((jnp.ones(2, bool), 2), (jnp.zeros(2, bool), 0)):
+        idx, counts = neurons(a, beta=0.5, where=valid)
+        np.testing.assert_array_equal(counts, [times, 0, 0, 0, 0, 0])
+        np.testing.assert_array_equal(idx, [0, 1, 2])
 
 
 # core tokens
@@ -174,7 +169,7 @@ def test_a_limit_of_none_is_one_and_neurons_never_counted_fill_the_set():
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.integers(0, 30), min_size=8, max_size=8), st.lists(st.booleans(), min_size=8,
-       max_size=8), st.sampled_from([1, 3, 5, 9]), st.sampled_from(["none", "all"]))  # fmt: skip
+       max_size=8), st.sampled_from([3, 9]), st.sampled_from(["none", "all"]))  # fmt: skip
 def test_tokens_are_those_of_the_definition(scores, image, capacity, on_flat):
     keep, idx, count = tokens(
         jnp.asarray(scores, jnp.int32), jnp.asarray(image), capacity=capacity, on_flat=on_flat
@@ -198,9 +193,8 @@ def test_flat_curves_keep_nothing_or_all():
     scores, image = jnp.asarray([5, 5, 5, 9, 5]), jnp.asarray([1, 1, 1, 0, 1], bool)
     np.testing.assert_array_equal(tokens(scores, image)[0], ~image)
     assert tokens(scores, image, on_flat="all")[0].all()
-    line, every = jnp.arange(6), jnp.ones(6, bool)
-    assert elbow(line) == (5, 0)
-    assert not tokens(line, every)[0].any()
+    assert elbow(jnp.arange(6)) == (5, 0)
+    assert not tokens(jnp.arange(6), jnp.ones(6, bool))[0].any()
     assert tokens(scores, jnp.zeros(5, bool))[0].all()
     assert elbow(jnp.zeros(0, jnp.int32))[1] == 0
 
@@ -216,26 +210,21 @@ def test_a_plateau_before_a_cliff_keeps_nearly_all_and_axes_are_not_scaled():
     assert tokens(plateau, jnp.ones(32, bool))[2] >= 28
     few = jnp.asarray([90, 80] + [10 - i // 4 for i in range(30)])
     assert tokens(few, jnp.ones(32, bool))[2] == 2
-    # a curve of another scale has the same elbow, one of another unit along one axis as well
     assert elbow(few)[1] == elbow(few * 1000)[1]
 
 
 def test_counts_and_scores_beyond_narrow_floats_stay_apart():
-    scores = jnp.asarray([4097, 4096, 4095, 1, 0, 0])
-    keep, _, _ = tokens(scores, jnp.ones(6, bool), capacity=1)
-    np.testing.assert_array_equal(np.flatnonzero(keep), [0])
+    scores = jnp.asarray([2**24, 2**24 + 1, 4095, 1, 0, 0])  # equal in float32
+    keep = tokens(scores, jnp.ones(6, bool), capacity=1)[0]
+    np.testing.assert_array_equal(np.flatnonzero(keep), [1])
     a = jnp.ones((2, 2050), jnp.bfloat16).at[1, 0].set(-1)
-    np.testing.assert_array_equal(cm.neuron_overlap(a, jnp.ones(2050, bool)), [2050, 2049])
-    wide = jnp.asarray([2**24 + 1, 2**24, 5, 4])
-    keep, _, _ = tokens(wide, jnp.ones(4, bool), capacity=1)
-    np.testing.assert_array_equal(np.flatnonzero(keep), [0])
+    np.testing.assert_array_equal(overlap_of(a, jnp.ones(2050, bool)), [2050, 2049])
 
 
 def test_scores_that_are_no_numbers_do_not_count():
     scores = jnp.asarray([9.0, jnp.nan, 8.5, 1.0, 0.5, 0.0, -jnp.inf])
     assert elbow(scores) == (1.0, 2)
-    keep, _, _ = tokens(scores, jnp.ones(7, bool))
-    np.testing.assert_array_equal(np.flatnonzero(keep), [0, 2])
+    np.testing.assert_array_equal(np.flatnonzero(tokens(scores, jnp.ones(7, bool))[0]), [0, 2])
 
 
 def test_padding_never_stays_and_does_not_bend_the_curve():
@@ -254,11 +243,8 @@ def test_reference_sets():
     np.testing.assert_array_equal(cm.reference_set(a), a[15] > 0)  # the published choice
     traced = jax.jit(lambda a, t: cm.reference_set(a, token=t))
     np.testing.assert_array_equal(traced(a, 3), a[3] > 0)
-    core = jnp.asarray([1, 5])
-    of_core = cm.reference_set(a, reference="core_neurons", core=core)
-    np.testing.assert_array_equal(np.flatnonzero(of_core), core)
-    by_hand = [int(((row > 0) & np.asarray(of_core)).sum()) for row in np.asarray(a)]
-    np.testing.assert_array_equal(cm.neuron_overlap(a, of_core), by_hand)
+    of_core = cm.reference_set(a, reference="core_neurons", core=jnp.asarray([1, 5]))
+    np.testing.assert_array_equal(np.flatnonzero(of_core), [1, 5])
 
 
 # decoding, and both ways to prune
@@ -338,8 +324,8 @@ def test_the_cache_keeps_all_heads_and_says_what_is_valid():
     assert [x.shape for x in short] == [(3, 5, 4), (3, 5, 5), (5,), (5,)]
     np.testing.assert_array_equal(short[2], [0, 3, 4, 6, 0])
     np.testing.assert_array_equal(short[3], [True, True, True, True, False])
-    np.testing.assert_array_equal(short[0][:, :4], k[:, np.flatnonzero(keep)])
-    np.testing.assert_array_equal(short[1][:, :4], v[:, np.flatnonzero(keep)])
+    for found, wanted in zip(short[:2], (k, v)):
+        np.testing.assert_array_equal(found[:, :4], wanted[:, np.flatnonzero(keep)])
 
 
 # composition
@@ -362,9 +348,9 @@ def test_selections_batch_trace_once_and_have_no_gradient(mesh):
         return jax.vmap(select, (0, None))(batch, image)
 
     found = many(batch)
-    for row, a in enumerate(batch):
+    for row, a in enumerate(np.asarray(batch)):
         core, counts = neurons_by_loops(a, 0.2, 0.4)
-        scores = jnp.asarray((np.asarray(a)[:, core] > 0).sum(1), jnp.int32)
+        scores = jnp.asarray((a[:, core] > 0).sum(1), jnp.int32)
         for one, wanted in zip(found, (core, counts, *tokens(scores, image, capacity=12))):
             np.testing.assert_array_equal(one[row], wanted)
     many(batch + 1)
@@ -380,14 +366,6 @@ def test_selections_batch_trace_once_and_have_no_gradient(mesh):
 
     grad = jax.jit(jax.grad(weighed))(batch[0])
     np.testing.assert_array_equal(np.unique(np.asarray(grad)), [0, 1])
-
-
-def test_narrow_activations_are_ranked_as_they_are():
-    narrow = activations().astype(jnp.bfloat16)
-    idx, counts = neurons(narrow)
-    core, wanted = neurons_by_loops(np.asarray(narrow, np.float32), 0.2, 0.4)
-    np.testing.assert_array_equal(counts, wanted)
-    np.testing.assert_array_equal(idx, core)
 
 
 def test_bad_input_is_named(unchecked):
