@@ -93,10 +93,14 @@ def make_claims(
     others = {n: found for n, found in best.items() if n not in ("cast", "dense")}
     if cast and others:
         name, found = min(others.items(), key=lambda item: mean_after(item[1]))
+        trained = any(n not in ONE_SHOT for n in others)
         claims.append(
             Claim(
                 f"CAST at {config.pattern} is the closest to dense when every method has its "
-                "better learning rate",
+                "better learning rate"
+                if trained
+                else f"CAST at {config.pattern} is closer to dense than pruning at once, which "
+                "trains nothing",
                 mean_after(best["cast"]) < mean_after(found),
                 f"{mean_and_deviation([t.after for t in best['cast']])}, dense {dense:.3f}",
                 f"{mean_and_deviation([t.after for t in found])} ({LABELS[name]})",
