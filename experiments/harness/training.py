@@ -78,6 +78,7 @@ def train(
                     bar(done, rate, numbers)
                 if done % run.config.checkpoint_every == 0 or last or stopping:
                     checkpoints.save(done, state, {"data": batches.get_state()})
+                    run.keep_time()
                 if stopping and not last:
                     raise InterruptedRunError(
                         f"stopped at step {done} of {trial}, saved; continue with: "

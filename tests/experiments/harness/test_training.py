@@ -89,6 +89,8 @@ def test_a_killed_trial_goes_on_to_the_same_numbers(tmp_path, crash_at):
 
     with pytest.raises(RuntimeError, match="killed"):
         go(broken, crash)
+    # the time up to the last checkpoint is kept with it
+    assert (broken.folder / "elapsed.json").exists() == (crash_at > 5)
     with open(broken.folder / "metrics.jsonl", "a") as file:
         file.write('{"trial": "trial", "st')  # half a line
     resumed = new_run(tmp_path, resume=str(broken.folder))
