@@ -27,7 +27,7 @@ from pallas_kernels.block_sparse_attention.walks import (
     by_query,
     key_tiles,
 )
-from pallas_kernels.dispatch import not_of_dtype, not_on
+from pallas_kernels.dispatch import not_of_dtype, not_on, target
 
 DTYPES = ("float32", "bfloat16")
 KIB, MIB = 2**10, 2**20
@@ -43,7 +43,14 @@ class Blocks:
       vmem_bytes: on-chip memory that a kernel may use.
     """
 
-    vmem_bytes: int = 32 * MIB
+    vmem_bytes: int
+
+
+def default_blocks() -> Blocks:
+    """Half of a core's on-chip memory, or the 12 MiB that every generation has."""
+    kind = target().kind
+    known = "TPU" in kind and not any(name in kind for name in ("v2", "v3", "v4"))
+    return Blocks((32 if known else 12) * MIB)
 
 
 def reasons(tiles: Tiles, *, interpret: Any = False) -> list[str]:
@@ -60,11 +67,11 @@ def reasons(tiles: Tiles, *, interpret: Any = False) -> list[str]:
         scalars = 16 * source.starts[0].size
         if scalars > SCALARS:
             found.append(f"{name} has lists of {scalars} bytes a head, it takes {SCALARS}")
-        needed = _vmem(tiles, source)
-        if needed > Blocks().vmem_bytes:
+        needed, room = _vmem(tiles, source), default_blocks().vmem_bytes
+        if needed > room:
             found.append(
                 f"a tile of {tiles.q.shape[2]} rows and {source.width} keys takes {needed // MIB} "
-                f"MiB, {Blocks().vmem_bytes // MIB} fit"
+                f"MiB, {room // MIB} fit"
             )
     return found
 
@@ -73,7 +80,7 @@ def forward(
     tiles: Tiles, rule: Rule, *, blocks: Blocks | None, interpret: Any
 ) -> tuple[Array, Array]:
     """Output `[H, Nq, R, Dv]` and log-sum-exp `[H, Nq, R]`."""
-    options = {"blocks": blocks or Blocks(), "interpret": interpret}
+    options = {"blocks": blocks or default_blocks(), "interpret": interpret}
     parts = []
     for source in tiles.sources:
         own, nq, rows, _ = tiles.q.shape
@@ -101,7 +108,7 @@ def backward(
     interpret: Any,
 ) -> Gradients:
     """Gradients; `delta` is `sum(out * dout) - dlse`, `[H, Nq, R]` like `lse`."""
-    options = {"blocks": blocks or Blocks(), "interpret": interpret}
+    options = {"blocks": blocks or default_blocks(), "interpret": interpret}
     own, _, rows, width = tiles.q.shape
     given = {"dout": dout, "lse": lse[..., None], "delta": delta[..., None]}
     dq, found = jnp.zeros(tiles.q.shape, jnp.float32), []

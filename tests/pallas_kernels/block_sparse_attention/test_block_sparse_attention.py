@@ -352,6 +352,9 @@ def test_a_kernel_says_all_that_it_cannot_take():
         ValueError, match=r"\[0\] is not aligned; sources\[0\] has tiles of 12 keys"
     ):
         block_sparse_attention(Q, [source], block_q=16, implementation="tpu", interpret=True)
+    wide = dataclasses.replace(SOURCE, starts=SOURCE.starts[..., :1], width=2**16)
+    with pytest.raises(ValueError, match=r"of 32 rows and 65536 keys takes \d+ MiB, 12 fit"):
+        block_sparse_attention(Q, [wide], block_q=16, implementation="tpu", interpret=True)
     half = jax.tree.map(lambda x: x.astype(jnp.float16) if x.dtype == jnp.float32 else x, SOURCE)
     with pytest.raises(ValueError, match="q is float16, it takes float32, bfloat16"):
         block_sparse_attention(
