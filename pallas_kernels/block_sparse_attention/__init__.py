@@ -90,7 +90,7 @@ def block_sparse_attention(
         unknown implementation or one that cannot run here (with the reasons), blocks of another.
 
     >>> keys = jnp.ones((1, 4, 2))
-    >>> lists = jnp.array([[[2], [0]]]), jnp.array([[1], [0]])
+    >>> lists = jnp.array([[[2], [0]]]), jnp.array([[1, 0]])
     >>> source = KVSource(keys, keys, *lists, width=2)
     >>> out, lse = block_sparse_attention(jnp.zeros((1, 4, 2)), [source], block_q=2)
     >>> out[0, :, 0], jnp.exp(lse[0])
