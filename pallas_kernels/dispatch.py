@@ -85,3 +85,17 @@ def choose(
         against = "; ".join(reasons[implementation])
         raise ValueError(f"implementation {implementation!r} cannot run here: {against}")
     return implementation
+
+
+def check_blocks(blocks: Any, chosen: str, kind: type | None) -> None:
+    """Refuses blocks of another implementation than the one that runs.
+
+    Args:
+      blocks: what was asked for, or None. chosen: the implementation.
+      kind: the class of its blocks; None where it has none.
+
+    Raises:
+      ValueError: blocks of another class.
+    """
+    if blocks is not None and type(blocks) is not kind:
+        raise ValueError(f"blocks is {blocks}; it is not of the implementation {chosen!r}")

@@ -103,8 +103,7 @@ def block_sparse_attention(
         for name, module in _IMPLEMENTATIONS.items()
     }
     chosen = dispatch.choose(implementation, against, interpret=interpret)
-    if blocks is not None and type(blocks) is not _IMPLEMENTATIONS[chosen].Blocks:
-        raise ValueError(f"blocks is {blocks}; it is not of the implementation {chosen!r}")
+    dispatch.check_blocks(blocks, chosen, _IMPLEMENTATIONS[chosen].Blocks)
     call = _Call(
         rule=Rule(q.shape[2] ** -0.5 if scale is None else scale, mask_mod),
         implementation=chosen,

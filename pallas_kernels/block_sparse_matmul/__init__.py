@@ -105,8 +105,7 @@ def block_sparse_matmul(
         for name, module in _IMPLEMENTATIONS.items()
     }
     chosen = dispatch.choose(implementation, against, interpret=interpret)
-    if blocks is not None and type(blocks) is not _IMPLEMENTATIONS[chosen].Blocks:
-        raise ValueError(f"blocks is {blocks}; it is not of the implementation {chosen!r}")
+    dispatch.check_blocks(blocks, chosen, _IMPLEMENTATIONS[chosen].Blocks)
     rule = _Rule(features, chosen, blocks, interpret)
     y: Array = _apply(rule, values, as_lists(indices, counts), activations)
     return y.reshape(*lead, values.shape[0] * values.shape[2], *tail[1:])

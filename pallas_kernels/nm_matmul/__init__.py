@@ -98,8 +98,7 @@ def nm_matmul(
         for name, module in _IMPLEMENTATIONS.items()
     }
     chosen = dispatch.choose(implementation, against, interpret=interpret)
-    if blocks is not None and type(blocks) is not _IMPLEMENTATIONS[chosen].Blocks:
-        raise ValueError(f"blocks is {blocks}; it is not of the implementation {chosen!r}")
+    dispatch.check_blocks(blocks, chosen, _IMPLEMENTATIONS[chosen].Blocks)
     rule = _Rule(pattern, transpose, chosen, blocks, interpret)
     y: Array = _apply(rule, flat, values, packed)
     return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -104,8 +104,7 @@ def statistical_topk(
         for name, module in _IMPLEMENTATIONS.items()
     }
     chosen = dispatch.choose(implementation, against, interpret=interpret)
-    if blocks is not None and type(blocks) is not _IMPLEMENTATIONS[chosen].Blocks:
-        raise ValueError(f"blocks is {blocks}; it is not of the implementation {chosen!r}")
+    dispatch.check_blocks(blocks, chosen, _IMPLEMENTATIONS[chosen].Blocks)
     rule = _Rule(
         mode=mode,
         through_threshold=not stop_gradient_threshold,

@@ -90,8 +90,7 @@ def expert_union_ffn(
         for name, module in _IMPLEMENTATIONS.items()
     }
     chosen = dispatch.choose(implementation, against, interpret=interpret)
-    if blocks is not None and type(blocks) is not _IMPLEMENTATIONS[chosen].Blocks:
-        raise ValueError(f"blocks is {blocks}; it is not of the implementation {chosen!r}")
+    dispatch.check_blocks(blocks, chosen, _IMPLEMENTATIONS[chosen].Blocks)
     rule = _Rule(activation, chosen, blocks, interpret)
     found: Array = _apply(rule, x.astype(dtype), gates.astype(dtype), up, down, idx, count)
     return found.astype(x.dtype)

@@ -174,8 +174,7 @@ def _rule(
         for name, module in _IMPLEMENTATIONS.items()
     }
     chosen = dispatch.choose(implementation, against, interpret=interpret)
-    if blocks is not None and type(blocks) is not _IMPLEMENTATIONS[chosen].Blocks:
-        raise ValueError(f"blocks is {blocks}; it is not of the implementation {chosen!r}")
+    dispatch.check_blocks(blocks, chosen, _IMPLEMENTATIONS[chosen].Blocks)
     return _Rule(chosen, blocks, interpret)
 
 
