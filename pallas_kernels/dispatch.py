@@ -39,6 +39,18 @@ def target() -> Target:
     return Target(jax.default_backend(), jax.devices()[0].device_kind)
 
 
+def vmem_budget() -> int:
+    """Bytes of on-chip memory for a TPU kernel: half of a core's, or what every generation has."""
+    kind = target().kind
+    small = any(name in kind for name in ("v2", "v3", "v4"))
+    return (32 if "TPU" in kind and not small else 12) * 2**20
+
+
+def on_large_gpu() -> bool:
+    """Whether the target is a data-centre GPU, with its large registers and shared memory."""
+    return any(name in target().kind for name in ("A100", "H100", "H200", "B200", "GH200"))
+
+
 def not_on(platform: str, *, interpret: Any = False) -> list[str]:
     """The reason of a kernel for `platform` where the target is another one.
 

@@ -27,7 +27,7 @@ from pallas_kernels.block_sparse_attention.walks import (
     by_query,
     key_tiles,
 )
-from pallas_kernels.dispatch import not_of_dtype, not_on, target
+from pallas_kernels.dispatch import not_of_dtype, not_on, vmem_budget
 
 DTYPES = ("float32", "bfloat16")
 KIB, MIB = 2**10, 2**20
@@ -47,10 +47,8 @@ class Blocks:
 
 
 def default_blocks() -> Blocks:
-    """Half of a core's on-chip memory, or the 12 MiB that every generation has."""
-    kind = target().kind
-    known = "TPU" in kind and not any(name in kind for name in ("v2", "v3", "v4"))
-    return Blocks((32 if known else 12) * MIB)
+    """By the generation of the TPU."""
+    return Blocks(vmem_budget())
 
 
 def reasons(tiles: Tiles, *, interpret: Any = False) -> list[str]:

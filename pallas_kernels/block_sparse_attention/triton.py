@@ -22,7 +22,7 @@ from pallas_kernels.block_sparse_attention import xla
 from pallas_kernels.block_sparse_attention.canonical import Gradients, Rule, Tiles
 from pallas_kernels.block_sparse_attention.sources import KVSource, merge_lse
 from pallas_kernels.block_sparse_attention.walks import by_key, key_tiles, segments
-from pallas_kernels.dispatch import not_of_dtype, not_on, target
+from pallas_kernels.dispatch import not_of_dtype, not_on, on_large_gpu
 
 DTYPES = ("float32", "bfloat16", "float16")
 LEAST = 16  # rows and columns of a product at least
@@ -52,7 +52,7 @@ def default_blocks(tiles: Tiles) -> Blocks:
     Of float32, whose exact products are not those of tensor cores, as much as does not spill.
     """
     rows, width = tiles.q.shape[2:]
-    large = any(name in target().kind for name in ("A100", "H100", "H200", "B200", "GH200"))
+    large = on_large_gpu()
     if tiles.q.dtype != jnp.float32:
         return Blocks(min(64, _padded(rows)), 64 if large else 32, 4, 2)
     wide = max(width, *(source.v.shape[2] for source in tiles.sources)) > 64

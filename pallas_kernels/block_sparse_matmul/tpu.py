@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_sparse_matmul.layout import Features, apply, arrange, outer, sizes
 from pallas_kernels.block_sparse_matmul.lists import Entries, Lists, by_rows, transpose_lists
-from pallas_kernels.dispatch import not_of_dtype, not_on, target
+from pallas_kernels.dispatch import not_of_dtype, not_on, vmem_budget
 
 DTYPES = ("float32", "bfloat16")
 MIB = 2**20
@@ -44,7 +44,7 @@ class Blocks:
 
 def default_blocks(values: Array, x: Array, features: Features) -> Blocks:
     """The most positions, up to 512, that leave the pipeline two blocks of everything."""
-    budget, n = _budget(target().kind), sizes(x, features)[2]
+    budget, n = vmem_budget(), sizes(x, features)[2]
     positions = 512
     while positions > LANES and _bytes(values, positions) > budget:
         positions //= 2
@@ -62,7 +62,7 @@ def reasons(values: Array, x: Array, features: Features, *, interpret: Any = Fal
         found.append(f"blocks are {bo} x {bk}, with features {features} multiples of {unit} fit")
     if r * s > ENTRIES:
         found.append(f"the lists have {r * s} entries, {ENTRIES} fit")
-    budget = _budget(target().kind)
+    budget = vmem_budget()
     if _bytes(values, LANES) > budget:
         found.append(f"blocks of {bo} x {bk} do not fit into {budget // MIB} MiB")
     return found
@@ -268,10 +268,3 @@ def _bytes(values: Array, positions: int) -> int:
     lanes = max(bk, LANES)
     held = 2 * values.dtype.itemsize * (bo * lanes + (bo + bk) * positions)
     return held + 2 * 4 * max(max(bo, bk) * positions, bo * lanes)
-
-
-def _budget(kind: str) -> int:
-    """On-chip memory to use: half of a core's, or the 12 MiB that every generation has."""
-    small = ("v2", "v3", "v4")
-    known = "TPU" in kind and not any(name in kind for name in small)
-    return 32 * MIB if known else 12 * MIB

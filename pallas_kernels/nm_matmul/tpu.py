@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.dispatch import not_of_dtype, not_on, target
+from pallas_kernels.dispatch import not_of_dtype, not_on, vmem_budget
 from pallas_kernels.nm_matmul.layout import Pattern
 
 DTYPES = ("float32", "bfloat16")
@@ -42,10 +42,10 @@ class Blocks:
 
 def default_blocks(x: Array, values: Array) -> Blocks:
     """Up to 256 rows of x, so that a tile of W becomes dense as rarely as fits."""
-    known = "TPU" in (kind := target().kind) and not any(v in kind for v in ("v2", "v3", "v4"))
-    rows = min(256 if known else 128, pl.cdiv(x.shape[0], 16) * 16)
+    room = vmem_budget()
+    rows = min(256 if room >= 32 * MIB else 128, pl.cdiv(x.shape[0], 16) * 16)
     columns = min(256, pl.cdiv(values.shape[1], 128) * 128)
-    return Blocks(rows, columns, (32 if known else 12) * MIB)
+    return Blocks(rows, columns, room)
 
 
 def reasons(

@@ -11,7 +11,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.dispatch import not_of_dtype, not_on, target
+from pallas_kernels.dispatch import not_of_dtype, not_on, vmem_budget
 from pallas_kernels.statistical_topk import arithmetic as a
 
 DTYPES = ("float32", "bfloat16")
@@ -33,7 +33,7 @@ class Blocks:
 
 def default_blocks(x: Array, where: Array | None) -> Blocks:
     """As many rows as leave the pipeline two blocks of everything, 256 at most."""
-    budget = _budget(target().kind)
+    budget = vmem_budget()
     tile = _tile(x, where)
     fitting = budget // (_bytes_an_entry(x, where) * max(x.shape[1], 128))
     return Blocks(max(tile, min(256, fitting // tile * tile)), budget)
@@ -44,7 +44,7 @@ def reasons(x: Array, where: Array | None, *, interpret: Any = False) -> list[st
     found = not_on("tpu", interpret=interpret) + not_of_dtype(x.dtype, DTYPES)
     if x.shape[0] == 0:
         found.append("x has no rows")
-    budget = _budget(target().kind)
+    budget = vmem_budget()
     longest = budget // (_bytes_an_entry(x, where) * _tile(x, where))
     if x.shape[1] > longest:
         found.append(f"rows have {x.shape[1]} entries, {longest} fit into {budget // MIB} MiB")
@@ -154,10 +154,3 @@ def _tile(x: Array, where: Array | None) -> int:
 def _bytes_an_entry(x: Array, where: Array | None) -> int:
     """Three arrays of x and the mask, two blocks each, and what the kernel holds in float32."""
     return 2 * (3 * x.dtype.itemsize + (where is not None)) + 4 * 4
-
-
-def _budget(kind: str) -> int:
-    """On-chip memory to use: half of a core's, or the 12 MiB that every generation has."""
-    small = ("v2", "v3", "v4")
-    known = "TPU" in kind and not any(name in kind for name in small)
-    return 32 * MIB if known else 12 * MIB

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.dispatch import not_of_dtype, not_on, target
+from pallas_kernels.dispatch import not_of_dtype, not_on, on_large_gpu
 from pallas_kernels.statistical_topk import arithmetic as a
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -38,7 +38,7 @@ class Blocks:
 
 def default_blocks(x: Array) -> Blocks:
     """Whole rows up to 16384 entries on data-centre GPUs, up to 4096 on others; 32 a thread."""
-    large = any(name in target().kind for name in ("A100", "H100", "H200", "B200", "GH200"))
+    large = on_large_gpu()
     columns = min(pl.next_power_of_2(x.shape[1]), 16384 if large else 4096)
     columns = max(columns, 128)
     return Blocks(columns, max(1, min(16, columns // 1024)))
