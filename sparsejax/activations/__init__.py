@@ -39,6 +39,7 @@ from sparsejax.activations.orthogonal_transform import column_orthogonal_transfo
 from sparsejax.activations.spark import (
     neuron_major,
     spark_attention,
+    spark_attention_step,
     spark_ffn,
     statistical_ffn,
 )
@@ -124,6 +125,7 @@ __all__ = [
     "relu_rms_router",
     "reuse_ratio",
     "spark_attention",
+    "spark_attention_step",
     "spark_ffn",
     "sparse_inputs",
     "sparse_linear",

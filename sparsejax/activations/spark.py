@@ -162,16 +162,82 @@ def spark_attention(
     factor = dh**-0.5 if scale is None else scale
     s1 = _scores(q[..., :r], k[..., :r]) * factor
     valid = jnp.broadcast_to(jnp.ones((n, m), bool) if mask is None else mask, s1.shape)
+    keep, threshold, probs = _chosen_keys(s1, valid, top_k)
+    weights = probs * jax.nn.softplus(_scores(q[..., r:], k[..., r:]) * factor)
+    y = jnp.einsum("...nm,...md->...nd", weights.astype(v.dtype), v)
+    return y, {"keep": keep, "threshold": threshold[..., 0], "probs": probs}
+
+
+def spark_attention_step(
+    q: Float[Array, "h dh"],
+    k: Float[Array, "m hk dh"],
+    v: Float[Array, "m hk dv"],
+    *,
+    r: int,
+    top_k: int | float,
+    mask: Bool[Array, "m"] | None = None,
+    scale: float | None = None,
+) -> tuple[Float[Array, "h dv"], dict[str, Array]]:
+    """`spark_attention` of one query a head to a cache, as decoding does it.
+
+    All keys are read up to feature r; beyond it, and of the values, the rows of chosen keys alone.
+    No more are read than were chosen, and none is left out. Differentiated in q, k and v.
+
+    Args:
+      q: query head h reads key head `h // (h / hk)`. k, v: by position, as a cache holds them.
+      mask: True where a key may be seen; the places of a cache that are filled.
+      scale: of both products, by default `dh ** -0.5`.
+
+    Returns:
+      y, 0 for a head that sees no key, and `keep [h, m]` and `threshold [h]`.
+
+    Raises:
+      ValueError: r not inside (0, dh), top_k not positive, shapes that do not fit.
+
+    >>> k = v = jnp.ones((3, 1, 4))
+    >>> y, found = spark_attention_step(jnp.ones((2, 4)), k, v, r=2, top_k=3)
+    >>> y.shape, int(found["keep"].sum())
+    ((2, 4), 6)
+    """
+    (h, dh), (m, heads) = q.shape, k.shape[:2]
+    _check_split("r", r, dh)
+    if h % heads or k.shape[2] != dh or v.shape[:2] != k.shape[:2]:
+        raise ValueError(
+            f"q, k and v have shapes {q.shape}, {k.shape} and {v.shape}; they must be [h, dh], "
+            "[m, hk, dh] and [m, hk, dv], where hk divides h"
+        )
+    if mask is not None and mask.shape != (m,):
+        raise ValueError(f"mask has shape {mask.shape}; it must be ({m},)")
+    factor = dh**-0.5 if scale is None else scale
+    grouped = q.reshape(heads, h // heads, dh)
+    s1 = _scores(grouped[..., :r], k[..., :r].transpose(1, 0, 2)).reshape(h, m) * factor
+    valid = jnp.broadcast_to(True if mask is None else mask, s1.shape)
+    keep, threshold, probs = _chosen_keys(s1, valid, top_k)
+    k_rows, v_rows = (x.reshape(m * heads, x.shape[2]) for x in (k, v))
+    # the first features of a row are read along with the others, and count for nothing
+    others = q.at[:, :r].set(0)
+
+    def head(number: Array, q: Array, keep: Array, probs: Array) -> Array:
+        keys, count, _ = compact_indices(keep, m)
+        rows = keys * heads + number // (h // heads)
+        s2 = gather_rows_matvec(k_rows, rows, q.astype(s1.dtype), count) * factor
+        weights = (probs[keys] * jax.nn.softplus(s2)).astype(v.dtype)
+        return scatter_rows_vecmat(v_rows, rows, weights, count)
+
+    # one head after the other: each has a list of its own length
+    y = lax.map(lambda a: head(*a), (jnp.arange(h), others, keep, probs))
+    return y, {"keep": keep, "threshold": threshold[..., 0]}
+
+
+def _chosen_keys(s1: Array, valid: Array, top_k: int | float) -> tuple[Array, Array, Array]:
+    """Which keys are kept, the threshold, and the softmax of `s1` over what is kept."""
     threshold = lax.stop_gradient(gaussian_threshold(s1, top_k, where=valid))
     keep = valid & (s1 > threshold)
     logits = jnp.where(keep, s1, -jnp.inf)
     top = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp(logits - jnp.where(top == -jnp.inf, 0, top))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    probs = weights / jnp.where(total > 0, total, 1)
-    weights = probs * jax.nn.softplus(_scores(q[..., r:], k[..., r:]) * factor)
-    y = jnp.einsum("...nm,...md->...nd", weights.astype(v.dtype), v)
-    return y, {"keep": keep, "threshold": threshold[..., 0], "probs": probs}
+    return keep, threshold, weights / jnp.where(total > 0, total, 1)
 
 
 def _gates(scores: Array, k: int | float) -> tuple[Array, Array]:

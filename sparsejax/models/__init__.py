@@ -1,11 +1,13 @@
 """Flax NNX backbones that the experiments train.
 
-`Llama` is the LLaMA family of decoders and `Gpt` is GPT-2, with their named sizes, cache and
-generation; `load_hf` and `save_hf` read and write them as Hugging Face Transformers does,
-and `load_gguf` reads GGUF files. `ResNet`, `ResNet9`, `VGG19` and `ViT` classify images (channels
-last), `TextClassifier` texts.
+`Llama` is the LLaMA family of decoders, with sparse feed-forward and attention layers too, and
+`Gpt` is GPT-2, with their named sizes, cache and generation; `unroll` makes them decode faster.
+`load_hf` and `save_hf` read and write them as Hugging Face Transformers does, and `load_gguf` reads
+GGUF files. `ResNet`, `ResNet9`, `VGG19` and `ViT` classify images (channels last), `TextClassifier`
+texts.
 """
 
+from sparsejax.models.blocks import unroll
 from sparsejax.models.conv_layers import replicated_specs
 from sparsejax.models.convnets import VGG19, ResNet9
 from sparsejax.models.decoding import generate, init_cache
@@ -27,15 +29,11 @@ from sparsejax.models.hf_save import save_hf
 from sparsejax.models.llama import (
     DEFAULT_RULES,
     LOGICAL_AXES,
-    Attention,
     DecoderBlock,
-    FeedForward,
     KVCache,
     Llama,
-    RMSNorm,
     logical_axes,
     param_specs,
-    rope_tables,
 )
 from sparsejax.models.llama_config import (
     LLAMA_SIZES,
@@ -44,6 +42,7 @@ from sparsejax.models.llama_config import (
     llama_config,
     parameter_count,
 )
+from sparsejax.models.llama_layers import Attention, FeedForward, RMSNorm, rope_tables
 from sparsejax.models.loading import CheckpointError
 from sparsejax.models.resnet import BasicBlock, BottleneckBlock, ResNet
 from sparsejax.models.resnet_config import (
@@ -117,5 +116,6 @@ __all__ = [
     "save_hf",
     "text_classifier_config",
     "to_hf_config",
+    "unroll",
     "vit_config",
 ]

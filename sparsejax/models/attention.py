@@ -7,9 +7,10 @@ from jaxtyping import Array, Bool, Float, Int
 _TILE, _MOST_TILES = 128, 8  # queries of a tile at least, and tiles of a sequence at most
 
 
-def _visible(
+def visible_keys(
     queries: Int[Array, "t"], keys: Int[Array, "s"], window: int | None
 ) -> Bool[Array, "t s"]:
+    """Whether the key at one place may be seen by the query at another."""
     distance = queries[:, None] - keys[None, :]
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
@@ -64,7 +65,7 @@ def causal_attention(
         end = min(start + tile, t)
         first = 0 if window is None or not aligned else max(0, start - window + 1)
         last = end if aligned else k.shape[1]
-        visible = _visible(queries[start:end], jnp.arange(first, last), window)
+        visible = visible_keys(queries[start:end], jnp.arange(first, last), window)
         parts.append(_attend(q[:, :, start:end], k[:, first:last], v[:, first:last], visible))
     out = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
     out = out.reshape(b, groups, heads // groups, t, width).transpose(0, 3, 1, 2, 4)

@@ -1,8 +1,10 @@
 """The loop over the blocks of a decoder, which are one module with a leading layer axis.
 
-`jax.lax.scan` runs them, so that tracing and compilation cost the same at any depth.
+`jax.lax.scan` runs them, so that tracing and compilation cost the same at any depth; `unroll` makes
+separate modules of them, which decode faster.
 """
 
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -15,6 +17,7 @@ from sparsejax.models.decoding import KVCache
 from sparsejax.models.llama_config import require
 
 Block = TypeVar("Block", bound=nnx.Module)
+Model = TypeVar("Model", bound=Any)
 
 
 def run_blocks(
@@ -22,29 +25,55 @@ def run_blocks(
 ) -> Float[Array, "b t d"]:
     """The residual stream after all blocks, each called as `block(x, *inputs)`.
 
+    blocks: one module with a leading layer axis, or an `nnx.List` of them.
     remat: the backward pass recomputes whole blocks; without it, all but the outputs of the
         projections.
     """
-    graphdef, stacked = nnx.split(blocks)
+    return _run(lambda block, x: (block(x, *inputs), ()), blocks, x, remat)[0]
 
-    def body(x, params):
-        return nnx.merge(graphdef, params)(x, *inputs), None
 
+def run_blocks_detailed(
+    blocks: nnx.Module, x: Float[Array, "b t d"], *inputs: Any, remat: bool
+) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
+    """As `run_blocks` by `block.detailed`, whose details come back with a leading layer axis."""
+    return _run(lambda block, x: block.detailed(x, *inputs), blocks, x, remat)
+
+
+def _run(call: Any, blocks: nnx.Module, x: Array, remat: bool) -> tuple[Array, Any]:
     # Stacking every residual makes a training step on CPU 1.6 times as slow, and takes memory
     # anywhere; without `remat` the outputs of the projections alone are kept.
     keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    options: dict[str, Any] = {"policy": None if remat else keep}
+    if isinstance(blocks, nnx.List):
+        details = []
+        for block in blocks:
+            graphdef, params = nnx.split(block)
+            body = partial(_call_block, call, graphdef)
+            x, found = jax.checkpoint(body, **options)(x, params)
+            details.append(found)
+        return x, jax.tree.map(lambda *each: jnp.stack(each), *details)
+    graphdef, stacked = nnx.split(blocks)
     # The loop's boundary already keeps XLA from merging the two forward passes.
-    body = jax.checkpoint(body, prevent_cse=False, policy=None if remat else keep)
-    return lax.scan(body, x, stacked)[0]
+    body = jax.checkpoint(partial(_call_block, call, graphdef), prevent_cse=False, **options)
+    return lax.scan(body, x, stacked)
+
+
+def _call_block(call: Any, graphdef: Any, x: Array, params: Any) -> tuple[Array, Any]:
+    return call(nnx.merge(graphdef, params), x)
 
 
 def decode_blocks(
-    blocks: Any, x: Float[Array, "b t d"], cache: KVCache, *inputs: Any
+    blocks: Any, x: Float[Array, "b t d"], cache: KVCache, *inputs: Any, first: int = 0
 ) -> tuple[Float[Array, "b t d"], KVCache]:
     """As `run_blocks`, each block called as `block.decode(x, *inputs, cache, layer)`.
 
     The cache comes back with the tokens of `x` written in, its length as it was.
+    first: the layer of the first block.
     """
+    if isinstance(blocks, nnx.List):
+        for layer, block in enumerate(blocks, first):
+            x, cache = block.decode(x, *inputs, cache, jnp.int32(layer))
+        return x, cache
     graphdef, stacked = nnx.split(blocks)
 
     def body(carry, params):
@@ -53,8 +82,35 @@ def decode_blocks(
         x, cache = nnx.merge(graphdef, params).decode(x, *inputs, cache, layer)
         return (x, cache, layer + 1), None
 
-    (x, cache, _), _ = lax.scan(body, (x, cache, jnp.zeros((), jnp.int32)), stacked)
+    (x, cache, _), _ = lax.scan(body, (x, cache, jnp.int32(first)), stacked)
     return x, cache
+
+
+def unroll(model: Model) -> Model:
+    """A copy of a `Llama` or `Gpt` whose blocks are separate modules, made for decoding.
+
+    A loop over stacked layers copies each layer's weights before it uses them; separate ones are
+    read where they lie, and of sparse layers only the rows that are needed. Compiling takes time
+    in proportion to the depth. Paths become `blocks/<layer>/...`; it computes what `model` does.
+    `model.block(i)` and `set_block` are for stacked blocks.
+
+    >>> from sparsejax.models import Llama, llama_config
+    >>> model = unroll(Llama(llama_config("laptop"), rngs=nnx.Rngs(0)))
+    >>> len(model.blocks), model.blocks[0].ffn.up_proj.kernel.shape
+    (2, (96, 256))
+    """
+    layers = [model.block(i) for i in range(model.config.n_layers)]
+    copy = nnx.clone(model)
+    copy.blocks = nnx.List(layers)
+    return copy
+
+
+def slice_blocks(blocks: Block, first: int, last: int) -> Block:
+    """Layers `first` to `last - 1` of blocks, stacked or in a list as they were."""
+    if isinstance(blocks, nnx.List):
+        return nnx.List(list(blocks)[first:last])  # type: ignore[return-value]
+    graphdef, stacked = nnx.split(blocks)
+    return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[first:last], stacked))
 
 
 def take_block(blocks: Block, i: int, n_layers: int) -> Block:

@@ -7,6 +7,8 @@ from typing import Literal
 
 from sparsejax.models.decoding import DType
 
+FeedForwardKind = Literal["gated", "relu", "spark", "block"]
+
 
 def require(condition: bool, message: str) -> None:
     """Raises a ValueError with `message` unless `condition` holds."""
@@ -69,6 +71,18 @@ class LlamaConfig:
         outputs of the projections.
     dtype, param_dtype: of the activations and of the parameters. Softmax, statistics of the norms,
         rotation and logits are float32 whatever `dtype` is.
+    positions: "learned" adds an embedding of the position instead of rotating (as GPT-2).
+    ffn: "gated" multiplies `activation` of a gate and another projection, "relu" has one projection
+        and a ReLU (Lazy Neuron), "spark" a predictor (Spark Transformer), "block" experts behind a
+        router of ReLU and RMSNorm (BlockFFN). `d_ff` is the width of all neurons. `activation` is
+        that of "gated"; "gelu" is the approximation by tanh.
+    sparsity_pattern: of "gated": the share of neurons that statistical top-k switches off in each
+        layer; 0 leaves the top-k out (Gemma 3n).
+    ffn_k: neurons of a token: those of "spark", in expectation; the most that "relu" keeps.
+    ffn_r: features that the predictor of "spark" reads; None means half. Read `ffn_split`.
+    n_experts: of "block", of `d_ff / n_experts` neurons each.
+    attention: "spark" chooses about `attention_k` keys by the first `attention_r` features of a
+        head (None: half; read `attention_split`), each part with rotations of its own.
 
     Raises ValueError for sizes that cannot be, naming the field.
     """
@@ -91,9 +105,20 @@ class LlamaConfig:
     remat: bool = False
     dtype: DType = "float32"
     param_dtype: DType = "float32"
+    positions: Literal["rope", "learned"] = "rope"
+    ffn: FeedForwardKind = "gated"
+    activation: Literal["silu", "gelu"] = "silu"
+    sparsity_pattern: tuple[float, ...] | None = None
+    ffn_k: int | None = None
+    ffn_r: int | None = None
+    n_experts: int | None = None
+    attention: Literal["dense", "spark"] = "dense"
+    attention_k: int | None = None
+    attention_r: int | None = None
 
     def __post_init__(self) -> None:
-        optional = ("n_kv_heads", "head_dim", "sliding_window")
+        optional = ("n_kv_heads", "head_dim", "sliding_window", "ffn_k", "ffn_r", "n_experts")
+        optional += ("attention_k", "attention_r")
         sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "max_seq_len")
         for name in (*sizes, *optional):
             value = getattr(self, name)
@@ -115,9 +140,10 @@ class LlamaConfig:
             "unless head_dim is given.",
         )
         require(
-            self.head_width % 2 == 0,
+            self.positions == "learned" or self.head_width % 2 == 0,
             f"head_dim is {self.head_width}; it must be even, for rotary pairs.",
         )
+        check_sparse_layers(self)
 
     @property
     def kv_heads(self) -> int:
@@ -128,6 +154,77 @@ class LlamaConfig:
     def head_width(self) -> int:
         """Width of one head."""
         return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def ffn_split(self) -> int:
+        """Leading features that the predictor of a Spark FFN reads."""
+        return self.d_model // 2 if self.ffn_r is None else self.ffn_r
+
+    @property
+    def attention_split(self) -> int:
+        """Leading features of a head by which Spark attention chooses keys."""
+        return self.head_width // 2 if self.attention_r is None else self.attention_r
+
+    @property
+    def rotary_widths(self) -> tuple[int, ...]:
+        """Widths of the parts of a head that are rotated each by itself."""
+        r, width = self.attention_split, self.head_width
+        return (r, width - r) if self.attention == "spark" else (width,)
+
+
+def check_sparse_layers(config: LlamaConfig) -> None:
+    """Raises ValueError for settings of the sparse layers that cannot be, naming the field."""
+    choices = {
+        "positions": ("rope", "learned"),
+        "ffn": ("gated", "relu", "spark", "block"),
+        "activation": ("silu", "gelu"),
+        "attention": ("dense", "spark"),
+    }
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        require(value in allowed, f"{name} is {value!r}; allowed are {', '.join(allowed)}.")
+    belongs = {
+        "sparsity_pattern": ("ffn", ("gated",), ()),
+        "ffn_k": ("ffn", ("relu", "spark"), ("spark",)),
+        "ffn_r": ("ffn", ("spark",), ()),
+        "n_experts": ("ffn", ("block",), ("block",)),
+        "attention_k": ("attention", ("spark",), ("spark",)),
+        "attention_r": ("attention", ("spark",), ()),
+    }
+    for name, (field, users, needing) in belongs.items():
+        value, kind = getattr(config, name), getattr(config, field)
+        require(
+            value is None or kind in users,
+            f"{name} is {value}; {field} is {kind!r}, and {' or '.join(map(repr, users))} uses it.",
+        )
+        require(value is not None or kind not in needing, f"{name} is None; {kind!r} needs it.")
+    pattern = config.sparsity_pattern
+    if pattern is not None:
+        require(
+            len(pattern) == config.n_layers and all(0 <= s < 1 for s in pattern),
+            f"sparsity_pattern is {pattern}; it must be {config.n_layers} numbers in [0, 1).",
+        )
+    for name, split, width in (
+        ("ffn_r", config.ffn_split, config.d_model),
+        ("attention_r", config.attention_split, config.head_width),
+    ):
+        require(
+            getattr(config, name) is None or split < width,
+            f"{name} is {split}; it must be below the width, {width}.",
+        )
+    require(
+        config.positions == "learned" or all(width % 2 == 0 for width in config.rotary_widths),
+        f"attention_r is {config.attention_split} of {config.head_width}; both parts must be even, "
+        "for rotary pairs.",
+    )
+    require(
+        config.d_ff % (config.n_experts or 1) == 0,
+        f"n_experts is {config.n_experts}; it must divide d_ff, which is {config.d_ff}.",
+    )
+    require(
+        config.positions == "rope" or config.rope_scaling is None,
+        f"rope_scaling is {config.rope_scaling}; positions are learned.",
+    )
 
 
 def _llama(vocab: int, d: int, layers: int, heads: tuple[int, int], ff: int, ctx: int, **options):
@@ -183,6 +280,9 @@ def parameter_count(config: LlamaConfig) -> int:
     d, width = config.d_model, config.head_width
     q, kv = config.n_heads * width, config.kv_heads * width
     bias = q + 2 * kv if config.qkv_bias else 0
-    block = 2 * d * (q + kv) + bias + 3 * d * config.d_ff + 2 * d
+    matrices = 3 if config.ffn == "gated" else 2
+    router = (config.n_experts or 0) * (d + 1)
+    block = 2 * d * (q + kv) + bias + matrices * d * config.d_ff + router + 2 * d
     vocabulary = config.vocab_size * d * (1 if config.tie_embeddings else 2)
-    return vocabulary + config.n_layers * block + d
+    positions = config.max_seq_len * d if config.positions == "learned" else 0
+    return vocabulary + positions + config.n_layers * block + d
