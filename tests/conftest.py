@@ -35,6 +35,7 @@ LIBRARY = (
     "tests/core/",
     "tests/weights/",
     "tests/activations/",
+    "tests/coding/",
     "tests/models/",
     "tests/pallas_kernels/",
 )

@@ -62,11 +62,14 @@ from sparsejax.core.masks import (
 )
 from sparsejax.core.patterns import NM, Block, Channel, Pattern, Unstructured, nm_mask
 from sparsejax.core.proximal import (
+    PENALTIES,
+    Penalty,
     cel0_threshold,
     group_soft_threshold,
     half_threshold,
     hard_threshold,
     nonnegative_soft_threshold,
+    penalty,
     soft_threshold,
     two_thirds_threshold,
 )
@@ -144,6 +147,7 @@ from sparsejax.core.transforms import (
 
 __all__ = [
     "NM",
+    "PENALTIES",
     "Allocation",
     "Block",
     "Channel",
@@ -160,6 +164,7 @@ __all__ = [
     "MaskDynamics",
     "PackedMask",
     "Pattern",
+    "Penalty",
     "Periodic",
     "Schedule",
     "SparsityCard",
@@ -231,6 +236,7 @@ __all__ = [
     "one_shot",
     "pack_masks",
     "path_name",
+    "penalty",
     "polynomial_sparsity",
     "project",
     "prune",

@@ -5,7 +5,10 @@ below its threshold an entry is 0; t = 0 is the identity. Gradients are those of
 no NaN below the thresholds.
 """
 
+import dataclasses
 import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -137,3 +140,81 @@ def _weight(t: Weight, z: Array) -> Array:
     if is_concrete(t) and not bool(jnp.all(jnp.asarray(t) >= 0)):
         raise ValueError(f"the threshold's weight is {t}; it must not be negative")
     return jnp.asarray(t).astype(z.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Penalty:
+    """A sparsity penalty in one call form for all.
+
+    Attributes:
+      name: as in `PENALTIES`. convex: whether momentum is safe.
+      prox: `(z, *, lam, step, norms) -> y`; norms `[k]` are those of the columns, which CEL0 alone
+        looks at.
+      value: `(y, *, lam, norms) -> lam * penalty(y)` for every entry.
+    """
+
+    name: str
+    convex: bool
+    prox: Callable[..., Array]
+    value: Callable[..., Array]
+
+
+def _power(y: Array, exponent: float) -> Array:
+    # the slope at 0 is infinite, and what multiplies it is 0
+    size = jnp.where(y != 0, jnp.abs(y), 1)
+    return jnp.where(y != 0, size**exponent, 0)
+
+
+def _cel0_value(y: Array, *, lam: Weight, norms: Array) -> Array:
+    lam, c = jnp.asarray(lam).astype(y.dtype), norms.astype(y.dtype)
+    size, edge = jnp.abs(y), jnp.sqrt(2 * lam) / c
+    return jnp.where(size <= edge, lam - (c**2 / 2) * (size - edge) ** 2, lam)
+
+
+def _simple(
+    name: str, rule: Callable[..., Array], value: Callable[[Array], Array], *, convex: bool = False
+) -> Penalty:
+    def prox(z: Array, *, lam: Weight, step: Weight, norms: Array | None = None) -> Array:
+        del norms
+        return rule(z, jnp.asarray(lam).astype(z.dtype) * jnp.asarray(step).astype(z.dtype))
+
+    def weighed(y: Array, *, lam: Weight, norms: Array | None = None) -> Array:
+        del norms
+        return jnp.asarray(lam).astype(y.dtype) * value(y)
+
+    return Penalty(name, convex, prox, weighed)
+
+
+PENALTIES: Mapping[str, Penalty] = MappingProxyType(
+    {
+        penalty.name: penalty
+        for penalty in (
+            _simple("l1", soft_threshold, jnp.abs, convex=True),
+            _simple("l0", hard_threshold, lambda y: (y != 0).astype(y.dtype)),
+            _simple("l1/2", half_threshold, lambda y: _power(y, 0.5)),
+            _simple("l2/3", two_thirds_threshold, lambda y: _power(y, 2 / 3)),
+            Penalty("cel0", False, cel0_threshold, _cel0_value),
+            _simple(
+                "nonnegative_l1",
+                nonnegative_soft_threshold,
+                lambda y: jnp.where(y >= 0, y, jnp.inf),
+                convex=True,
+            ),
+        )
+    }
+)
+"""The penalties by name."""
+
+
+def penalty(name: str) -> Penalty:
+    """The penalty called `name`.
+
+    Raises:
+      ValueError: an unknown name.
+
+    >>> penalty("l1").prox(jnp.asarray([3.0]), lam=1.0, step=0.5)
+    Array([2.5], dtype=float32)
+    """
+    if name not in PENALTIES:
+        raise ValueError(f"penalty is {name!r}; allowed are {', '.join(PENALTIES)}")
+    return PENALTIES[name]

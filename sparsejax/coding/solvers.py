@@ -1,0 +1,365 @@
+"""Sparse codes by proximal gradient: ISTA and FISTA, for matrices and for operators.
+
+Codes `a` of data `x` minimise `||x - D a||^2 / 2 + lam * sum penalty(a_i)`. Data are rows: `x` is
+`[b, n]`, a dictionary `[n, k]`, codes are `[b, k]`.
+
+Sources: Daubechies, Defrise and De Mol (2004); Beck and Teboulle (2009); Beyond l1 sparse coding in
+V1 (2023, arXiv 2301.10002); the ISTA layer of CRATE (2023, arXiv 2306.01129).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from sparsejax.core import proximal
+from sparsejax.core.dtypes import widen
+from sparsejax.core.selection import is_concrete
+
+Scalar = int | float | Float[Array, ""]
+Prox = Callable[..., Array]
+
+
+class Operators(NamedTuple):
+    """A linear map in place of a matrix.
+
+    Attributes:
+      apply: codes to data. adjoint: its transpose, data to codes.
+    """
+
+    apply: Callable[[Array], Array]
+    adjoint: Callable[[Array], Array]
+
+
+class Trace(NamedTuple):
+    """Codes, and the objective of every row before each step and at the end, `[steps + 1, b]`."""
+
+    codes: Array
+    objective: Array
+
+
+def ista(
+    x: Float[Array, "b *n"],
+    dictionary: Float[Array, "n k"] | Operators,
+    *,
+    prox: str | Prox = "l1",
+    lam: Scalar,
+    num_steps: int,
+    step: Scalar | None = None,
+    init: Float[Array, "b *k"] | None = None,
+    tol: float = 0.0,
+    trace: bool = False,
+) -> Float[Array, "b *k"] | Trace:
+    """Iterative shrinkage: `a <- prox(a + step * (x - D a) D)`, from zero codes unless told.
+
+    With the default step it converges to a stationary point for every penalty; which one depends on
+    the start where the penalty is not convex. Differentiated through its steps (reverse mode needs
+    tol 0; see `implicit_codes` for a gradient at the fixed point).
+
+    Args:
+      x: data. dictionary: `[n, k]`, or `Operators`.
+      prox: name of a penalty (`sparsejax.core.PENALTIES`), or `(z, *, lam, step, norms) -> y`.
+      lam: at least 0. num_steps: at most so many.
+      step: None: `1 / spectral_norm_sq(dictionary)`; operators need one.
+      init: codes to start from.
+      tol: a row stops once a step changes its codes by no more than this share of their norm; 0
+        takes all the steps. Rows do not influence each other.
+      trace: return a `Trace`, which needs a named penalty and tol 0.
+
+    Raises:
+      ValueError: shapes that do not match, lam negative, step or num_steps not positive, an unknown
+        penalty, a column of zeros in a known dictionary, operators without a step, or a trace that
+        cannot be had.
+
+    >>> ista(jnp.asarray([[2.0, 0.5]]), jnp.eye(2), lam=1.0, num_steps=5)
+    Array([[1., 0.]], dtype=float32)
+    """
+    return _solve(x, dictionary, prox, lam, num_steps, step, init, tol, trace, momentum=False)
+
+
+def fista(
+    x: Float[Array, "b *n"],
+    dictionary: Float[Array, "n k"] | Operators,
+    *,
+    prox: str | Prox = "l1",
+    lam: Scalar,
+    num_steps: int,
+    step: Scalar | None = None,
+    init: Float[Array, "b *k"] | None = None,
+    tol: float = 0.0,
+    trace: bool = False,
+) -> Float[Array, "b *k"] | Trace:
+    """ISTA with Nesterov's momentum, for convex penalties; arguments and errors as `ista`.
+
+    Raises:
+      ValueError: as `ista`, or the name of a penalty that is not convex.
+
+    Source: Beck and Teboulle, A fast iterative shrinkage-thresholding algorithm (2009).
+
+    >>> fista(jnp.asarray([[2.0, 0.5]]), jnp.eye(2), lam=1.0, num_steps=5)
+    Array([[1., 0.]], dtype=float32)
+    """
+    if isinstance(prox, str) and not proximal.penalty(prox).convex:
+        raise ValueError(f"prox is {prox!r}, which is not convex; ista takes it")
+    return _solve(x, dictionary, prox, lam, num_steps, step, init, tol, trace, momentum=True)
+
+
+def ista_step(
+    codes: Float[Array, "*b k"],
+    target: Float[Array, "*b n"],
+    dictionary: Float[Array, "n k"],
+    *,
+    step_size: Scalar,
+    lam: Scalar,
+) -> Float[Array, "*b k"]:
+    """`relu(codes - step_size * (codes D^T - target) D - step_size * lam)`.
+
+    One step of ISTA for codes that are not negative; CRATE's layer passes its token as codes and
+    target. Differentiated in all arrays.
+
+    Raises:
+      ValueError: shapes that do not match.
+
+    Source: CRATE, section on the ISTA block.
+
+    >>> ista_step(jnp.zeros(2), jnp.ones(2), jnp.eye(2), step_size=0.5, lam=0.5)
+    Array([0.25, 0.25], dtype=float32)
+    """
+    n, k = dictionary.shape
+    if codes.shape[-1] != k or target.shape[-1] != n:
+        raise ValueError(
+            f"codes, target and dictionary have shapes {codes.shape}, {target.shape} and "
+            f"{dictionary.shape}; they must be [*b, k], [*b, n] and [n, k]"
+        )
+    step = jnp.asarray(step_size, codes.dtype)
+    gradient = (codes @ dictionary.T - target) @ dictionary
+    return jax.nn.relu(codes - step * gradient - step * jnp.asarray(lam, codes.dtype))
+
+
+def odl_block(
+    x: Float[Array, "*b d"],
+    dictionary: Float[Array, "d s"],
+    *,
+    step_size: Scalar,
+    lam: Scalar,
+    num_steps: int,
+) -> tuple[Float[Array, "*b s"], Float[Array, "*b d"]]:
+    """Codes after `num_steps` of `ista_step` from zero, and what the dictionary makes of them.
+
+    Differentiated through the steps.
+
+    Raises:
+      ValueError: num_steps below 1, or shapes that do not match.
+
+    Source: CRATE-alpha, the overcomplete dictionary block.
+
+    >>> codes, y = odl_block(jnp.ones(2), jnp.eye(2), step_size=0.5, lam=0.5, num_steps=2)
+    >>> codes
+    Array([0.375, 0.375], dtype=float32)
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; it must be at least 1")
+
+    def body(codes: Array, _: None) -> tuple[Array, None]:
+        return ista_step(codes, x, dictionary, step_size=step_size, lam=lam), None
+
+    zeros = jnp.zeros((*x.shape[:-1], dictionary.shape[1]), x.dtype)
+    codes, _ = lax.scan(body, zeros, length=num_steps)
+    return codes, codes @ dictionary.T
+
+
+def objective(
+    x: Float[Array, "b n"],
+    dictionary: Float[Array, "n k"],
+    codes: Float[Array, "b k"],
+    *,
+    lam: Scalar,
+    penalty: str = "l1",
+) -> Float[Array, "b"]:
+    """`||x - D a||^2 / 2 + lam * sum penalty(a_i)` of every row.
+
+    Raises:
+      ValueError: an unknown penalty.
+
+    >>> objective(jnp.ones((1, 2)), jnp.eye(2), jnp.asarray([[1.0, 0.0]]), lam=1.0)
+    Array([1.5], dtype=float32)
+    """
+    return _objective(x, codes, codes @ dictionary.T, proximal.penalty(penalty), lam, dictionary)
+
+
+def spectral_norm_sq(dictionary: Float[Array, "n k"]) -> Float[Array, ""]:
+    """The largest squared singular value, by the eigenvalues of the smaller Gram matrix.
+
+    It is never underestimated, so that a step of one over it is never too long.
+
+    >>> round(float(spectral_norm_sq(jnp.asarray([[2.0, 0.0], [0.0, 1.0]]))), 3)
+    4.0
+    """
+    wide = widen(dictionary)
+    n, k = wide.shape
+    gram = wide @ wide.T if n <= k else wide.T @ wide
+    return jnp.linalg.eigvalsh(gram)[-1]
+
+
+def _solve(
+    x: Array,
+    dictionary: Array | Operators,
+    prox: str | Prox,
+    lam: Scalar,
+    num_steps: int,
+    step: Scalar | None,
+    init: Array | None,
+    tol: float,
+    trace: bool,
+    *,
+    momentum: bool,
+) -> Array | Trace:
+    rule, maps = _checked(x, dictionary, prox, lam, num_steps, step, tol)
+    norms = None
+    if not isinstance(dictionary, Operators):
+        norms = jnp.linalg.norm(widen(dictionary), axis=0)
+        step = 1 / spectral_norm_sq(dictionary) if step is None else step
+    wide = widen(x)
+    mu = jnp.asarray(step, wide.dtype)
+    codes = jnp.zeros_like(maps.adjoint(wide)) if init is None else init.astype(wide.dtype)
+    if codes.shape != (shape := jax.eval_shape(maps.adjoint, wide).shape):
+        raise ValueError(f"init has shape {codes.shape}; it must be {shape}")
+
+    def advance(codes: Array, ahead: Array, q: Array) -> tuple[Array, Array, Array]:
+        gradient = maps.adjoint(wide - maps.apply(ahead))
+        after = rule(ahead + mu * gradient, lam=lam, step=mu, norms=norms)
+        if not momentum:
+            return after, after, q
+        larger = (1 + jnp.sqrt(1 + 4 * q * q)) / 2
+        return after, after + ((q - 1) / larger) * (after - codes), larger
+
+    one = jnp.ones((), wide.dtype)
+    if trace:
+        if not isinstance(prox, str) or tol:
+            raise ValueError("trace needs the name of a penalty as prox, and tol 0")
+        of = proximal.penalty(prox)
+
+        def of_rows(codes: Array) -> Array:
+            return _objective(wide, codes, maps.apply(codes), of, lam, dictionary)
+
+        def record(state: Any, _: None) -> tuple[Any, Array]:
+            return advance(*state), of_rows(state[0])
+
+        (codes, _, _), seen = lax.scan(record, (codes, codes, one), length=num_steps)
+        return Trace(codes.astype(x.dtype), jnp.concatenate([seen, of_rows(codes)[None]]))
+    if tol:
+        codes = _until_still(advance, codes, one, num_steps, tol)
+    else:
+        body = lambda state, _: (advance(*state), None)  # noqa: E731
+        (codes, _, _), _ = lax.scan(body, (codes, codes, one), length=num_steps)
+    return codes.astype(x.dtype)
+
+
+def _until_still(advance: Any, codes: Array, one: Array, num_steps: int, tol: float) -> Array:
+    """Advances each row until it stands still."""
+    axes = tuple(range(1, codes.ndim))
+
+    def going(state: Any) -> Array:
+        return (state[0] < num_steps) & ~jnp.all(state[-1])
+
+    def body(state: Any) -> Any:
+        i, codes, ahead, q, still = state
+        after, further, q = advance(codes, ahead, q)
+        change = jnp.sum(jnp.square(after - codes), axis=axes)
+        still_now = change <= tol**2 * jnp.sum(jnp.square(after), axis=axes)
+        kept = still.reshape(-1, *(1 for _ in axes))
+        after, further = jnp.where(kept, codes, after), jnp.where(kept, ahead, further)
+        return i + 1, after, further, q, still | still_now
+
+    still = jnp.zeros(codes.shape[0], bool)
+    return lax.while_loop(going, body, (jnp.int32(0), codes, codes, one, still))[1]
+
+
+def _objective(
+    x: Array,
+    codes: Array,
+    made: Array,
+    of: proximal.Penalty,
+    lam: Scalar,
+    dictionary: Array | Operators,
+) -> Array:
+    norms = None
+    if not isinstance(dictionary, Operators):
+        norms = jnp.linalg.norm(widen(dictionary), axis=0)
+    error = jnp.sum(jnp.square(x - made), axis=tuple(range(1, x.ndim))) / 2
+    paid = of.value(codes, lam=lam, norms=norms)
+    return error + jnp.sum(paid, axis=tuple(range(1, codes.ndim)))
+
+
+def _checked(
+    x: Array,
+    dictionary: Array | Operators,
+    prox: str | Prox,
+    lam: Scalar,
+    num_steps: int,
+    step: Scalar | None,
+    tol: float,
+) -> tuple[Prox, Operators]:
+    """The rule and the maps, after checks of what is known while tracing."""
+    rule = check_settings(prox, lam, num_steps, tol)
+    if step is not None and is_concrete(step) and not float(step) > 0:
+        raise ValueError(f"step is {step}; it must be positive")
+    if isinstance(dictionary, Operators):
+        if step is None:
+            raise ValueError("step is None; operators need one, at most 1 / their squared norm")
+        if prox == "cel0":
+            raise ValueError("prox is 'cel0', which needs the columns of a matrix")
+        return rule, dictionary
+    check_dictionary(dictionary, x)
+    matrix = widen(dictionary)
+    return rule, Operators(lambda a: a @ matrix.T, lambda r: r @ matrix)
+
+
+def check_settings(
+    prox: str | Prox, lam: Scalar, steps: int, tol: float, *, name: str = "num_steps"
+) -> Prox:
+    """The rule called `prox`, or `prox` itself, after checks of the others; steps is `name`.
+
+    Raises:
+      ValueError: steps below 1, tol or a known lam negative, or an unknown penalty.
+
+    >>> check_settings("l1", 0.1, 10, 0.0)(jnp.ones(1), lam=0.5, step=1.0)
+    Array([0.5], dtype=float32)
+    """
+    if steps < 1:
+        raise ValueError(f"{name} is {steps}; it must be at least 1")
+    if tol < 0:
+        raise ValueError(f"tol is {tol}; it must not be negative")
+    if is_concrete(lam) and not float(lam) >= 0:
+        raise ValueError(f"lam is {lam}; it must not be negative")
+    return proximal.penalty(prox).prox if isinstance(prox, str) else prox
+
+
+def check_dictionary(dictionary: Float[Array, "n k"], x: Float[Array, "b m"]) -> None:
+    """Refuses a dictionary that does not fit the data, or that is known to hold no atom.
+
+    Raises:
+      ValueError: shapes that do not match; a column of zeros, or values that are not finite, in a
+        dictionary or data that are known.
+
+    >>> check_dictionary(jnp.eye(2), jnp.ones((1, 2)))
+    """
+    if x.ndim != 2 or dictionary.ndim != 2 or x.shape[1] != dictionary.shape[0]:
+        raise ValueError(
+            f"x and dictionary have shapes {x.shape} and {dictionary.shape}; they must be [b, n] "
+            "and [n, k]"
+        )
+    for name, value in (("x", x), ("dictionary", dictionary)):
+        if is_concrete(value) and not np.isfinite(np.asarray(value, np.float64)).all():
+            raise ValueError(f"{name} holds values that are not finite")
+    if is_concrete(dictionary):
+        empty = ~(np.asarray(dictionary) != 0).any(axis=0)
+        if empty.any():
+            raise ValueError(
+                f"dictionary has an atom of zeros, column {int(empty.argmax())}; drop or "
+                "resample it"
+            )
