@@ -2,6 +2,14 @@
 
 from sparsejax.coding.constraints import normalise
 from sparsejax.coding.coordinate_descent import coordinate_descent
+from sparsejax.coding.crate import (
+    attention_maps,
+    masked_patch_loss,
+    mssa,
+    patchify,
+    random_keep,
+    sincos_positions,
+)
 from sparsejax.coding.dictionary_learning import (
     DictionaryState,
     dictionary_step,
@@ -17,6 +25,7 @@ from sparsejax.coding.rate_reduction import (
     sparse_rate_reduction,
     subspace_coding_rate,
 )
+from sparsejax.coding.self_distillation import dino_loss, update_center, update_teacher
 from sparsejax.coding.solvers import (
     Operators,
     Trace,
@@ -33,24 +42,33 @@ __all__ = [
     "DictionaryState",
     "Operators",
     "Trace",
+    "attention_maps",
     "check_dictionary",
     "coding_rate",
     "coding_rate_gradient",
     "coordinate_descent",
     "dictionary_step",
+    "dino_loss",
     "fista",
     "implicit_codes",
     "init_dictionary",
     "ista",
     "ista_step",
     "learn_batch",
+    "masked_patch_loss",
     "matching_pursuit",
+    "mssa",
     "normalise",
     "objective",
     "odl_block",
     "orthogonal_matching_pursuit",
+    "patchify",
     "projected_coding_rate",
+    "random_keep",
+    "sincos_positions",
     "sparse_rate_reduction",
     "spectral_norm_sq",
     "subspace_coding_rate",
+    "update_center",
+    "update_teacher",
 ]

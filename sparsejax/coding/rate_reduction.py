@@ -104,7 +104,7 @@ def coding_rate_gradient(
 
     Source: White-Box Transformers, the step from the gradient to MSSA (order 1).
 
-    >>> coding_rate_gradient(jnp.eye(2), jnp.eye(2)[None], 1.0).tolist()
+    >>> coding_rate_gradient(jnp.eye(2), jnp.eye(2)[None], 1.0).round(3).tolist()
     [[0.5, 0.0], [0.0, 0.5]]
     """
     if order is not None and order < 0:

@@ -119,7 +119,7 @@ def ista_step(
     """`relu(codes - step_size * (codes D^T - target) D - step_size * lam)`.
 
     One step of ISTA for codes that are not negative; CRATE's layer passes its token as codes and
-    target. Differentiated in all arrays.
+    target. Sums are float32 at least. Differentiated in all arrays.
 
     Raises:
       ValueError: shapes that do not match.
@@ -135,9 +135,12 @@ def ista_step(
             f"codes, target and dictionary have shapes {codes.shape}, {target.shape} and "
             f"{dictionary.shape}; they must be [*b, k], [*b, n] and [n, k]"
         )
-    step = jnp.asarray(step_size, codes.dtype)
-    gradient = (codes @ dictionary.T - target) @ dictionary
-    return jax.nn.relu(codes - step * gradient - step * jnp.asarray(lam, codes.dtype))
+    wide = widen(codes)
+    step, lam = jnp.asarray(step_size, wide.dtype), jnp.asarray(lam, wide.dtype)
+    # small steps vanish in the sums of narrow dtypes; the products stand them
+    residual = widen(codes @ dictionary.T) - widen(target)
+    gradient = widen(residual.astype(codes.dtype) @ dictionary)
+    return jax.nn.relu(wide - step * gradient - step * lam).astype(codes.dtype)
 
 
 def odl_block(

@@ -4,12 +4,31 @@
 `Gpt` is GPT-2, with their named sizes, cache and generation; `unroll` makes them decode faster.
 `load_hf` and `save_hf` read and write them as Hugging Face Transformers does, and `load_gguf` reads
 GGUF files. `ResNet`, `ResNet9`, `VGG19` and `ViT` classify images (channels last), `TextClassifier`
-texts.
+texts; `CrateClassifier`, `CrateMAE` and `CrateLM` are white-box transformers.
 """
 
 from sparsejax.models.blocks import unroll
 from sparsejax.models.conv_layers import replicated_specs
 from sparsejax.models.convnets import VGG19, ResNet9
+from sparsejax.models.crate import (
+    CRATE_AXES,
+    CRATE_RULES,
+    CrateClassifier,
+    CrateLM,
+    CrateMAE,
+    class_attention,
+    crate_param_specs,
+    layer_statistics,
+)
+from sparsejax.models.crate_config import (
+    CRATE_SIZES,
+    CrateConfig,
+    CrateImageConfig,
+    CrateTextConfig,
+    crate_config,
+)
+from sparsejax.models.crate_layers import ISTA, MSSA, CrateBlock, CrateDecoderBlock
+from sparsejax.models.crate_torch import crate_from_torch, crate_to_torch, load_crate, save_crate
 from sparsejax.models.decoding import generate, init_cache
 from sparsejax.models.encoder import (
     ENCODER_AXES,
@@ -61,12 +80,17 @@ from sparsejax.models.vit import ViT
 from sparsejax.models.vit_config import VIT_SIZES, ViTConfig, vit_config
 
 __all__ = [
+    "CRATE_AXES",
+    "CRATE_RULES",
+    "CRATE_SIZES",
     "DEFAULT_RULES",
     "ENCODER_AXES",
     "ENCODER_RULES",
     "GPT_SIZES",
+    "ISTA",
     "LLAMA_SIZES",
     "LOGICAL_AXES",
+    "MSSA",
     "RESNET_SIZES",
     "TEXT_CLASSIFIER_SIZES",
     "VGG19",
@@ -76,6 +100,14 @@ __all__ = [
     "BottleneckBlock",
     "CheckpointError",
     "ConvNetConfig",
+    "CrateBlock",
+    "CrateClassifier",
+    "CrateConfig",
+    "CrateDecoderBlock",
+    "CrateImageConfig",
+    "CrateLM",
+    "CrateMAE",
+    "CrateTextConfig",
     "DecoderBlock",
     "EncoderBlock",
     "EncoderConfig",
@@ -96,6 +128,11 @@ __all__ = [
     "TextClassifierConfig",
     "ViT",
     "ViTConfig",
+    "class_attention",
+    "crate_config",
+    "crate_from_torch",
+    "crate_param_specs",
+    "crate_to_torch",
     "encoder_param_specs",
     "full_attention",
     "generate",
@@ -103,7 +140,9 @@ __all__ = [
     "gpt_config",
     "hf_config",
     "init_cache",
+    "layer_statistics",
     "llama_config",
+    "load_crate",
     "load_gguf",
     "load_hf",
     "load_hf_gpt",
@@ -113,6 +152,7 @@ __all__ = [
     "replicated_specs",
     "resnet_config",
     "rope_tables",
+    "save_crate",
     "save_hf",
     "text_classifier_config",
     "to_hf_config",
