@@ -11,7 +11,7 @@ library SPORCO; Kernel Heterogeneity Improves Sparseness of Natural Images Repre
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,7 @@ def csc_admm(
         (0, 2), num_iters below 1, an unknown rule, or a kernel of zeros that is known.
 
     >>> image, filters = jnp.ones((4, 4)), jnp.ones((1, 1, 1))
-    >>> csc_admm(image, filters, 0.5, num_iters=50).y[0, 0].round(2)
+    >>> csc_admm(image, filters, 0.5, rho=1.0, num_iters=50).y[0, 0].round(2)
     Array([0.5], dtype=float32)
     """
     _check(image, filters, lam, num_iters)
@@ -153,7 +153,7 @@ def csc_fista(
 
     batch = widen(image).reshape(-1, *frame)
     maps = Operators(apply, adjoint)
-    codes = cast(Array, fista(batch, maps, lam=lam, num_steps=num_iters, step=1 / longest))
+    codes = fista(batch, maps, lam=lam, num_steps=num_iters, step=1 / longest)
     shape = (*image.shape, filters.shape[-1])
     return jnp.moveaxis(codes, 1, -1).reshape(shape).astype(image.dtype)
 

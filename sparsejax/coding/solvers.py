@@ -52,8 +52,7 @@ def ista(
     step: Scalar | None = None,
     init: Float[Array, "b *k"] | None = None,
     tol: float = 0.0,
-    trace: bool = False,
-) -> Float[Array, "b *k"] | Trace:
+) -> Float[Array, "b *k"]:
     """Iterative shrinkage: `a <- prox(a + step * (x - D a) D)`, from zero codes unless told.
 
     With the default step it converges to a stationary point for every penalty; which one depends on
@@ -68,17 +67,15 @@ def ista(
       init: codes to start from.
       tol: a row stops once a step changes its codes by no more than this share of their norm; 0
         takes all the steps. Rows do not influence each other.
-      trace: return a `Trace`, which needs a named penalty and tol 0.
 
     Raises:
       ValueError: shapes that do not match, lam negative, step or num_steps not positive, an unknown
-        penalty, a column of zeros in a known dictionary, operators without a step, or a trace that
-        cannot be had.
+        penalty, a column of zeros in a known dictionary, or operators without a step.
 
     >>> ista(jnp.asarray([[2.0, 0.5]]), jnp.eye(2), lam=1.0, num_steps=5)
     Array([[1., 0.]], dtype=float32)
     """
-    return _solve(x, dictionary, prox, lam, num_steps, step, init, tol, trace, momentum=False)
+    return _solve(x, dictionary, prox, lam, num_steps, step, init, tol, momentum=False)
 
 
 def fista(
@@ -91,8 +88,7 @@ def fista(
     step: Scalar | None = None,
     init: Float[Array, "b *k"] | None = None,
     tol: float = 0.0,
-    trace: bool = False,
-) -> Float[Array, "b *k"] | Trace:
+) -> Float[Array, "b *k"]:
     """ISTA with Nesterov's momentum, for convex penalties; arguments and errors as `ista`.
 
     Raises:
@@ -103,9 +99,42 @@ def fista(
     >>> fista(jnp.asarray([[2.0, 0.5]]), jnp.eye(2), lam=1.0, num_steps=5)
     Array([[1., 0.]], dtype=float32)
     """
-    if isinstance(prox, str) and not proximal.penalty(prox).convex:
-        raise ValueError(f"prox is {prox!r}, which is not convex; ista takes it")
-    return _solve(x, dictionary, prox, lam, num_steps, step, init, tol, trace, momentum=True)
+    _check_convex(prox)
+    return _solve(x, dictionary, prox, lam, num_steps, step, init, tol, momentum=True)
+
+
+def ista_trace(
+    x: Float[Array, "b n"],
+    dictionary: Float[Array, "n k"],
+    *,
+    prox: str = "l1",
+    lam: Scalar,
+    num_steps: int,
+    step: Scalar | None = None,
+    init: Float[Array, "b k"] | None = None,
+    momentum: bool = False,
+) -> Trace:
+    """`ista`, or `fista` with momentum, and the objective on the way.
+
+    Raises:
+      ValueError: as `ista`, or momentum with a penalty that is not convex.
+
+    >>> ista_trace(jnp.asarray([[2.0, 0.5]]), jnp.eye(2), lam=1.0, num_steps=1).objective.tolist()
+    [[2.125], [1.625]]
+    """
+    of = proximal.penalty(prox)
+    if momentum:
+        _check_convex(prox)
+    advance, codes = _steps(x, dictionary, prox, lam, num_steps, step, init, 0.0, momentum=momentum)
+    wide = widen(x)
+
+    def record(state: Any, _: None) -> tuple[Any, Array]:
+        return advance(*state), _objective(wide, dictionary, state[0], of, lam)
+
+    start = (codes, codes, jnp.ones((), wide.dtype))
+    (codes, _, _), seen = lax.scan(record, start, length=num_steps)
+    last = _objective(wide, dictionary, codes, of, lam)
+    return Trace(codes.astype(x.dtype), jnp.concatenate([seen, last[None]]))
 
 
 def ista_step(
@@ -191,7 +220,7 @@ def objective(
     >>> objective(jnp.ones((1, 2)), jnp.eye(2), jnp.asarray([[1.0, 0.0]]), lam=1.0)
     Array([1.5], dtype=float32)
     """
-    return _objective(x, codes, codes @ dictionary.T, proximal.penalty(penalty), lam, dictionary)
+    return _objective(x, dictionary, codes, proximal.penalty(penalty), lam)
 
 
 def spectral_norm_sq(dictionary: Float[Array, "n k"]) -> Float[Array, ""]:
@@ -217,10 +246,32 @@ def _solve(
     step: Scalar | None,
     init: Array | None,
     tol: float,
-    trace: bool,
     *,
     momentum: bool,
-) -> Array | Trace:
+) -> Array:
+    advance, codes = _steps(x, dictionary, prox, lam, num_steps, step, init, tol, momentum=momentum)
+    one = jnp.ones((), codes.dtype)
+    if tol:
+        codes = _until_still(advance, codes, one, num_steps, tol)
+    else:
+        body = lambda state, _: (advance(*state), None)  # noqa: E731
+        (codes, _, _), _ = lax.scan(body, (codes, codes, one), length=num_steps)
+    return codes.astype(x.dtype)
+
+
+def _steps(
+    x: Array,
+    dictionary: Array | Operators,
+    prox: str | Prox,
+    lam: Scalar,
+    num_steps: int,
+    step: Scalar | None,
+    init: Array | None,
+    tol: float,
+    *,
+    momentum: bool,
+) -> tuple[Callable[..., tuple[Array, Array, Array]], Array]:
+    """One step, of codes, the point ahead of them and the momentum's number; and the start."""
     rule, maps = _checked(x, dictionary, prox, lam, num_steps, step, tol)
     norms = None
     if not isinstance(dictionary, Operators):
@@ -228,8 +279,9 @@ def _solve(
         step = 1 / spectral_norm_sq(dictionary) if step is None else step
     wide = widen(x)
     mu = jnp.asarray(step, wide.dtype)
-    codes = jnp.zeros_like(maps.adjoint(wide)) if init is None else init.astype(wide.dtype)
-    if codes.shape != (shape := jax.eval_shape(maps.adjoint, wide).shape):
+    shape = jax.eval_shape(maps.adjoint, wide).shape
+    codes = jnp.zeros(shape, wide.dtype) if init is None else init.astype(wide.dtype)
+    if codes.shape != shape:
         raise ValueError(f"init has shape {codes.shape}; it must be {shape}")
 
     def advance(codes: Array, ahead: Array, q: Array) -> tuple[Array, Array, Array]:
@@ -240,26 +292,7 @@ def _solve(
         larger = (1 + jnp.sqrt(1 + 4 * q * q)) / 2
         return after, after + ((q - 1) / larger) * (after - codes), larger
 
-    one = jnp.ones((), wide.dtype)
-    if trace:
-        if not isinstance(prox, str) or tol:
-            raise ValueError("trace needs the name of a penalty as prox, and tol 0")
-        of = proximal.penalty(prox)
-
-        def of_rows(codes: Array) -> Array:
-            return _objective(wide, codes, maps.apply(codes), of, lam, dictionary)
-
-        def record(state: Any, _: None) -> tuple[Any, Array]:
-            return advance(*state), of_rows(state[0])
-
-        (codes, _, _), seen = lax.scan(record, (codes, codes, one), length=num_steps)
-        return Trace(codes.astype(x.dtype), jnp.concatenate([seen, of_rows(codes)[None]]))
-    if tol:
-        codes = _until_still(advance, codes, one, num_steps, tol)
-    else:
-        body = lambda state, _: (advance(*state), None)  # noqa: E731
-        (codes, _, _), _ = lax.scan(body, (codes, codes, one), length=num_steps)
-    return codes.astype(x.dtype)
+    return advance, codes
 
 
 def _until_still(advance: Any, codes: Array, one: Array, num_steps: int, tol: float) -> Array:
@@ -283,19 +316,16 @@ def _until_still(advance: Any, codes: Array, one: Array, num_steps: int, tol: fl
 
 
 def _objective(
-    x: Array,
-    codes: Array,
-    made: Array,
-    of: proximal.Penalty,
-    lam: Scalar,
-    dictionary: Array | Operators,
+    x: Array, dictionary: Array, codes: Array, of: proximal.Penalty, lam: Scalar
 ) -> Array:
-    norms = None
-    if not isinstance(dictionary, Operators):
-        norms = jnp.linalg.norm(widen(dictionary), axis=0)
-    error = jnp.sum(jnp.square(x - made), axis=tuple(range(1, x.ndim))) / 2
-    paid = of.value(codes, lam=lam, norms=norms)
-    return error + jnp.sum(paid, axis=tuple(range(1, codes.ndim)))
+    norms = jnp.linalg.norm(widen(dictionary), axis=0)
+    error = jnp.sum(jnp.square(x - codes @ dictionary.T), axis=1) / 2
+    return error + jnp.sum(of.value(codes, lam=lam, norms=norms), axis=1)
+
+
+def _check_convex(prox: str | Prox) -> None:
+    if isinstance(prox, str) and not proximal.penalty(prox).convex:
+        raise ValueError(f"prox is {prox!r}, which is not convex; ista takes it")
 
 
 def _checked(

@@ -11,9 +11,10 @@ import sparsejax as sj
 from sparsejax import coding
 
 RULES = {"soft": "l1", "hard": "l0", "half": "l1/2", "two_thirds": "l2/3", "cel0": "cel0"}
-STATIC = ("prox", "num_steps", "tol", "trace")
+STATIC = ("prox", "num_steps", "tol")
 ista = jax.jit(coding.ista, static_argnames=STATIC)
 fista = jax.jit(coding.fista, static_argnames=STATIC)
+trace = jax.jit(coding.ista_trace, static_argnames=("prox", "num_steps", "momentum"))
 
 
 def problem(b=6, n=12, k=20, dtype=jnp.float32):
@@ -84,7 +85,9 @@ def test_crate_vectors(reference):
 @pytest.mark.parametrize("prox", sj.PENALTIES)
 def test_every_step_lowers_the_objective(prox):
     x, dictionary = problem()
-    _, seen = ista(x, dictionary, prox=prox, lam=0.1, num_steps=40, trace=True)
+    codes, seen = trace(x, dictionary, prox=prox, lam=0.1, num_steps=40)
+    expected = ista(x, dictionary, prox=prox, lam=0.1, num_steps=40)
+    np.testing.assert_allclose(codes, expected, atol=1e-5)
     assert seen.shape == (41, 6)
     assert bool((jnp.diff(seen, axis=0) <= 1e-5).all())
     assert float(seen[-1].mean()) < 0.7 * float(seen[0].mean())
@@ -103,8 +106,8 @@ def test_the_solution_meets_the_conditions_of_the_lasso(x64):
 
 def test_momentum_is_faster():
     x, dictionary = problem()
-    slow = ista(x, dictionary, lam=0.05, num_steps=60, trace=True).objective[-1]
-    fast = fista(x, dictionary, lam=0.05, num_steps=60, trace=True).objective[-1]
+    slow = trace(x, dictionary, lam=0.05, num_steps=60).objective[-1]
+    fast = trace(x, dictionary, lam=0.05, num_steps=60, momentum=True).objective[-1]
     assert float(fast.sum()) < float(slow.sum())
 
 
@@ -209,8 +212,8 @@ def test_errors():
         coding.ista(x.at[0, 0].set(jnp.nan), dictionary, **good)
     with pytest.raises(ValueError, match="dictionary holds values that are not finite"):
         coding.ista(x, dictionary.at[0, 0].set(jnp.inf), **good)
-    with pytest.raises(ValueError, match="trace needs the name of a penalty as prox, and tol 0"):
-        solve(**good, tol=0.1, trace=True)
+    with pytest.raises(ValueError, match="prox is 'l1/2', which is not convex; ista takes it"):
+        coding.ista_trace(x, dictionary, **good, prox="l1/2", momentum=True)
     maps = coding.Operators(lambda a: a, lambda r: r)
     with pytest.raises(ValueError, match="step is None; operators need one"):
         coding.ista(x, maps, **good)

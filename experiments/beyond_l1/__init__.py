@@ -1,0 +1,1 @@
+"""Sparse coding of natural images under several penalties."""
