@@ -5,6 +5,7 @@ variance 1 / inputs, AdamW with a cosine. The same settings reach the papers' si
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -200,8 +201,8 @@ def decoder_runner(
 
     def run_one(name: str, rate: float, seed: int) -> Trained:
         trainer, trial = trainers[name], f"{name}-lr{rate:g}-seed{seed}"
-        part = {"seq_len": config.seq_len, "batch": config.batch // hosts[1]}
-        batches = window_batches(text.train, **part, seed=seed, shard=hosts)
+        draw = functools.partial(window_batches, text.train, seq_len=config.seq_len, seed=seed)
+        batches = draw(batch=config.batch // hosts[1], shard=hosts)
         state = train(
             run,
             trial,
@@ -213,7 +214,9 @@ def decoder_runner(
             slug=slug,
         )
         params = state["params"]
-        following = np.concatenate([next(batches) for _ in range(10)])
+        whole = draw(batch=config.batch)  # those of all hosts: each measures the same
+        whole.set_state(batches.get_state())
+        following = np.concatenate([next(whole) for _ in range(10)])
         test_loss, test = trainer.evaluate(params, windows)
         _, seen = trainer.evaluate(params, following)
         lines = run.metrics(trial)

@@ -35,7 +35,9 @@ def spark_ffn(
     many parameters as a gated FFN of 2/3 of the width.
 
     Args:
-      params: `K1 [r, f]`, `K2 [d - r, f]`, `V [f, d]`; with a capacity those of `neuron_major`.
+      params: `K1 [r, f]`, `K2 [d - r, f]`, `V [f, d]`. With a capacity those of `neuron_major`, of
+        which K2 is not needed, and of any dtype or `bit_patterns` of `pallas_kernels.sparse_ffn`:
+        they are widened as they are read.
       x: tokens. k: neurons that are on, in expectation; f or more switches the top-k off.
       sparse_capacity: reads only the rows of neurons that are on, at most so many a token, the
         lowest; `k + 6 * 0.6 * sqrt(k)` hardly ever overflows. None computes all and masks, as
@@ -58,7 +60,7 @@ def spark_ffn(
     _check_split("r", r, d)
     _check_ffn(params, d, r, sparse_capacity)
     x1, x2 = x[..., :r], x[..., r:]
-    scores = _product(x1, params["K1"])
+    scores = _product(x1, params["K1"]) if sparse_capacity is None else _scored(x1, params["K1"])
     gates, threshold = _gates(scores, k)
     on = scores.astype(threshold.dtype) > threshold
     found = {
@@ -246,6 +248,16 @@ def _gates(scores: Array, k: int | float) -> tuple[Array, Array]:
     return jax.nn.gelu(soft, approximate=True), threshold
 
 
+def _scored(x1: Array, k1: Array) -> Array:
+    """`x1 @ k1`, where k1 may be narrower than x1."""
+    if k1.dtype.itemsize >= x1.dtype.itemsize:
+        return _product(x1, k1.astype(x1.dtype))
+    # by rows, all of them: for a plain product XLA on CPU widens the whole matrix in memory first
+    every = jnp.arange(k1.shape[0])
+    flat = jax.vmap(lambda a: scatter_rows_vecmat(k1, every, a))(x1.reshape(-1, x1.shape[-1]))
+    return flat.reshape(*x1.shape[:-1], k1.shape[1])
+
+
 def _product(x: Array, w: Array) -> Array:
     return jnp.einsum("...i,io->...o", x, w)
 
@@ -263,14 +275,13 @@ def _check_split(name: str, r: int, d: int) -> None:
 
 def _check_ffn(params: Params, d: int, r: int, capacity: int | None) -> None:
     f = params["V"].shape[0]
-    expected = {"K1": (r, f), "K2": (d - r, f), "V": (f, d)}
     if capacity is not None:
         if capacity < 1:
             raise ValueError(f"sparse_capacity is {capacity}; it must be at least 1")
         if "K2_rows" not in params:
             raise ValueError("params has no K2_rows, which a capacity needs: see neuron_major")
-        expected["K2_rows"] = (f, d - r)
-    _check_shapes(params, expected)
+    up = {"K2": (d - r, f)} if capacity is None else {"K2_rows": (f, d - r)}
+    _check_shapes(params, {"K1": (r, f), **up, "V": (f, d)})
 
 
 def _check_shapes(params: Params, expected: Mapping[str, tuple[int, ...]]) -> None:

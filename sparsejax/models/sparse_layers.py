@@ -45,8 +45,7 @@ class ReluFeedForward(nnx.Module):
         if x.shape[:-1] != (1, 1):
             return self(x)
         a = self._activations(x).reshape(-1)
-        kernel = self.down_proj.kernel[...].astype(x.dtype)
-        return product_of_kept(a, kernel, a > 0, a.size).reshape(x.shape)
+        return product_of_kept(a, self.down_proj.kernel[...], a > 0, a.size).reshape(x.shape)
 
     def _activations(self, x: Array) -> Array:
         return top_k_activation(jax.nn.relu(self.up_proj(x)), self.k)
@@ -73,7 +72,9 @@ class SparkFeedForward(nnx.Module):
 
     def detailed(self, x: Float[Array, "... d"]) -> tuple[Float[Array, "... d"], Found]:
         """As `__call__`, and `num_active [...]`."""
-        y, found = spark_ffn(self._params(), x, r=self.r, k=self.k)
+        params = {name: w.astype(self.dtype) for name, w in self._params().items()}
+        params["K2"] = params["K2_rows"].T
+        y, found = spark_ffn(params, x, r=self.r, k=self.k)
         return y, {"num_active": found["num_active"]}
 
     def decode(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
@@ -85,12 +86,11 @@ class SparkFeedForward(nnx.Module):
         return spark_ffn(params, x, r=self.r, k=self.k, sparse_capacity=len(params["V"]))[0]
 
     def _params(self) -> dict[str, Array]:
-        rows = self.up_rows[...].astype(self.dtype)
+        """As they are stored: decoding casts no weight that it does not read."""
         return {
-            "K1": self.predictor_proj.kernel[...].astype(self.dtype),
-            "K2": rows.T,
-            "K2_rows": rows,
-            "V": self.down_proj.kernel[...].astype(self.dtype),
+            "K1": self.predictor_proj.kernel[...],
+            "K2_rows": self.up_rows[...],
+            "V": self.down_proj.kernel[...],
         }
 
 
@@ -125,7 +125,10 @@ class BlockFeedForward(nnx.Module):
 
     def _layer(self, x: Array, path: ExpertPath) -> tuple[Array, Found]:
         names = ("router", "router_norm", "up", "down")
-        params = {name: getattr(self, name)[...].astype(self.dtype) for name in names}
+        params = {name: getattr(self, name)[...] for name in names}
+        # those of a union are widened as they are read, and no others
+        cast = names if path == "dense" else names[:2]
+        params |= {name: params[name].astype(self.dtype) for name in cast}
         y, found = block_ffn(params, x.reshape(-1, x.shape[-1]), path=path)
         return y.reshape(x.shape), found
 

@@ -1,0 +1,1 @@
+"""Convolutional sparse codes of photographs under dictionaries of one or many bandwidths."""

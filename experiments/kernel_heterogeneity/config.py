@@ -1,0 +1,105 @@
+"""Settings of `python -m experiments.kernel_heterogeneity`."""
+
+import dataclasses
+
+import numpy as np
+
+from experiments.harness.config import ExperimentError, RunConfig
+from experiments.harness.natural_images import PACKAGED
+
+SLUG = "kernel_heterogeneity"
+LABELS = {
+    "full": "heterogeneous",
+    "thin": "homogeneous",
+    "full_unit": "heterogeneous, unit norm",
+    "thin_unit": "homogeneous, unit norm",
+    "full_learned": "learned from heterogeneous",
+    "thin_learned": "learned from homogeneous",
+}
+STUDY, MINIMUM = "study", "minimum"
+SOLVERS = {STUDY: "the study's solver", MINIMUM: "near the minimum"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(RunConfig):
+    """Settings of `python -m experiments.kernel_heterogeneity`."""
+
+    photos: str = PACKAGED
+    """`sklearn` (two photographs), a folder of images, or a TFDS dataset as imagenette/train."""
+    most_photos: int = 100
+    """Images that are read at most."""
+    crop: int = 64
+    """Side of a crop in pixels."""
+    crops: int = 2
+    """Crops of each photo and seed."""
+    minimum_crops: int = 2
+    """How many of a seed's crops are also coded near the minimum, one after the other photo."""
+    lam: float = 1e-2
+    """Weight of the l1 norm."""
+    relax: float = 1.8
+    """Relaxation of ADMM."""
+    iterations: int = 100
+    """Of the study's solver, whose rho follows the relative residuals."""
+    tol: float = 1e-4
+    """At which the study's solver stops."""
+    minimum_iterations: int = 500
+    """Of the solver with fixed rho."""
+    minimum_rho: float = 0.2
+    """Its rho."""
+    size: int = 12
+    """Side of a kernel in pixels."""
+    orientations: int = 12
+    """Of the heterogeneous dictionary."""
+    bandwidths: int = 6
+    """Of the heterogeneous dictionary, 5 degrees apart; the homogeneous one has as many kernels."""
+    learn_steps: int = 40
+    """Images that each dictionary learns from; 0 leaves learning out."""
+    learn_iterations: int = 60
+    """Of the solver that codes an image for learning."""
+    learn_rho: float = 10.0
+    """Its fixed rho."""
+    cutoffs: tuple[float, ...] = tuple(round(float(c), 4) for c in np.linspace(0.001, 0.5, 8))
+    """Sizes below which coefficients are dropped, for the resilience."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("most_photos", "crops", "minimum_crops", "iterations", "minimum_iterations",
+                     "orientations", "bandwidths", "learn_iterations"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ExperimentError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("lam", "minimum_rho", "learn_rho"):
+            if not getattr(self, name) > 0:
+                raise ExperimentError(f"{name} is {getattr(self, name)}; it must be positive")
+        if self.size < 2 or self.size % 2:
+            raise ExperimentError(f"size is {self.size}; it must be even")
+        if self.crop < max(16, self.size):
+            raise ExperimentError(
+                f"crop is {self.crop}; it must be at least 16 and the size of a kernel, {self.size}"
+            )
+        if not 0 < self.relax < 2:
+            raise ExperimentError(f"relax is {self.relax}; it must be in (0, 2)")
+        if self.learn_steps < 0 or self.tol < 0:
+            raise ExperimentError(
+                f"learn_steps is {self.learn_steps} and tol {self.tol}; neither may be negative"
+            )
+        if not self.cutoffs or min(self.cutoffs) <= 0:
+            raise ExperimentError(f"cutoffs are {self.cutoffs}; give positive ones")
+
+    @property
+    def kernels(self) -> int:
+        """Of each dictionary."""
+        return 2 * self.orientations * self.bandwidths
+
+
+PRESETS = {
+    "laptop": Config(),
+    "test": Config(
+        preset="test", seeds=2, crop=24, crops=1, minimum_crops=1, iterations=15,
+        minimum_iterations=40, size=8, orientations=4, bandwidths=3, learn_steps=3,
+        learn_iterations=10, cutoffs=(0.01, 0.2),
+    ),
+    "paper": Config(
+        preset="paper", photos="imagenette/train", crop=256, crops=1, minimum_crops=600,
+        learn_steps=800, learn_iterations=300,
+    ),
+}  # fmt: skip
