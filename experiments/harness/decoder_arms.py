@@ -19,12 +19,14 @@ from jax.sharding import Mesh
 import sparsejax as sj
 from experiments.harness.config import ExperimentError, RunConfig
 from experiments.harness.data import (
+    DatasetError,
     TextCorpus,
     TokenizedText,
     check_length,
     corpus_from_dataset,
     corpus_from_files,
     get_tokenizer,
+    open_builder,
     tokenize,
     validation_windows,
     window_batches,
@@ -325,3 +327,26 @@ def check_decoder(config: DecoderConfig, arm: Arm) -> list[str]:
     size = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
     tokens = f"{config.batch} x {config.seq_len} tokens"
     return [f"{size:,} parameters; a step of {tokens} gives {', '.join(sorted(found))}"]
+
+
+def check_arms(
+    config: DecoderConfig, setting: str, arms: Mapping[str, Arm], *, dataset: str
+) -> list[str]:
+    """What `--preset paper` says: every arm is built abstractly, or nothing if the text is there.
+
+    Args:
+      setting: what is built, in words. arms: by what people call them.
+      dataset: of the paper, which need not be there; another one must be.
+
+    Raises:
+      ExperimentError: another dataset that is not there.
+    """
+    try:
+        open_builder(config.dataset)
+        return []
+    except DatasetError as error:
+        if config.dataset != dataset:
+            raise ExperimentError(str(error)) from error
+        missing = str(error)
+    built = [f"{name}: {line}" for name, arm in arms.items() for line in check_decoder(config, arm)]
+    return [f"paper setting: {setting}", *built, f"checked abstractly: {missing}"]

@@ -127,8 +127,8 @@ class BlockFeedForward(nnx.Module):
         names = ("router", "router_norm", "up", "down")
         params = {name: getattr(self, name)[...] for name in names}
         # those of a union are widened as they are read, and no others
-        cast = names if path == "dense" else names[:2]
-        params |= {name: params[name].astype(self.dtype) for name in cast}
+        ready = names if path == "dense" else names[:2]
+        params |= {name: params[name].astype(self.dtype) for name in ready}
         y, found = block_ffn(params, x.reshape(-1, x.shape[-1]), path=path)
         return y.reshape(x.shape), found
 
