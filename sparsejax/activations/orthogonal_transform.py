@@ -108,7 +108,8 @@ def column_orthogonal_transform(
 
 def _left_vectors(kernel: np.ndarray) -> np.ndarray:
     """All of them, also those beyond the rank: an orthogonal matrix `[in, in]`."""
-    return np.linalg.svd(kernel)[0]
+    # of a wide kernel the right vectors, which nobody needs, are the larger part
+    return np.linalg.svd(kernel, full_matrices=kernel.shape[0] > kernel.shape[1])[0]
 
 
 def _fold(wide: dict[str, Any]) -> None:

@@ -76,6 +76,7 @@ from sparsejax.models.text_classifier import (
     TextClassifierConfig,
     text_classifier_config,
 )
+from sparsejax.models.transformed import TransformedBlock, TransformedLlama, transform_llama
 from sparsejax.models.vit import ViT
 from sparsejax.models.vit_config import VIT_SIZES, ViTConfig, vit_config
 
@@ -126,6 +127,8 @@ __all__ = [
     "RopeScaling",
     "TextClassifier",
     "TextClassifierConfig",
+    "TransformedBlock",
+    "TransformedLlama",
     "ViT",
     "ViTConfig",
     "class_attention",
@@ -156,6 +159,7 @@ __all__ = [
     "save_hf",
     "text_classifier_config",
     "to_hf_config",
+    "transform_llama",
     "unroll",
     "vit_config",
 ]

@@ -281,6 +281,8 @@ LOGICAL_AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         **{f"{name}/kernel": ("embed", "mlp") for name in ("gate_proj", "up_proj")},
         **{f"{name}/scale": ("embed",) for name in ("norm", "attention_norm", "ffn_norm")},
         "positions/embedding": ("positions", "embed"),
+        # Of TransformedLlama alone:
+        **{f"blocks/{name}_shortcut": ("embed", "embed_out") for name in ("attention", "ffn")},
         # Of the sparse feed-forward layers:
         "predictor_proj/kernel": ("embed", "mlp"),
         "ffn/up_rows": ("mlp", "embed"),
