@@ -77,6 +77,8 @@ from sparsejax.models.text_classifier import (
     text_classifier_config,
 )
 from sparsejax.models.transformed import TransformedBlock, TransformedLlama, transform_llama
+from sparsejax.models.vision_language import VisionLanguage, vision_language_param_specs
+from sparsejax.models.vision_language_config import CoreMatching, VisionLanguageConfig
 from sparsejax.models.vit import ViT
 from sparsejax.models.vit_config import VIT_SIZES, ViTConfig, vit_config
 
@@ -101,6 +103,7 @@ __all__ = [
     "BottleneckBlock",
     "CheckpointError",
     "ConvNetConfig",
+    "CoreMatching",
     "CrateBlock",
     "CrateClassifier",
     "CrateConfig",
@@ -131,6 +134,8 @@ __all__ = [
     "TransformedLlama",
     "ViT",
     "ViTConfig",
+    "VisionLanguage",
+    "VisionLanguageConfig",
     "class_attention",
     "crate_config",
     "crate_from_torch",
@@ -161,5 +166,6 @@ __all__ = [
     "to_hf_config",
     "transform_llama",
     "unroll",
+    "vision_language_param_specs",
     "vit_config",
 ]
