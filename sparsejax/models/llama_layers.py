@@ -217,7 +217,7 @@ class FeedForward(nnx.Module):
         from sparsejax.activations.wina import product_of_kept
 
         a = self._activations(x)[0].reshape(-1)
-        kernel = self.down_proj.kernel[...].astype(x.dtype)
+        kernel = self.down_proj.kernel[...]
         return product_of_kept(a, kernel, a != 0, a.size).reshape(x.shape)
 
     def _activations(self, x: Array) -> tuple[Array, dict[str, Array]]:

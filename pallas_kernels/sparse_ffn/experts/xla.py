@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from pallas_kernels.dispatch import target
+from pallas_kernels.sparse_ffn.rows import xla as rows
 from pallas_kernels.sparse_ffn.weights import piece
 
 Blocks = None
@@ -51,9 +52,22 @@ def forward(
     """`[n, d]` tokens and `[n, e]` gates to `[n, d]`."""
     run = functools.partial(_forward, activation)
     if target().platform == "cpu":
+        run = functools.partial(_one_token, activation) if len(x) == 1 else run
         # one after the other under vmap: a batched loop would run as long as its longest list
         run = jax.custom_batching.sequential_vmap(run)
     return run(x, gates, up, down, idx, count)
+
+
+def _one_token(
+    activation: Activation, x: Array, gates: Array, up: Array, down: Array, idx: Array, count: Array
+) -> Array:
+    """By rows: a slice of an expert would be copied to be read once."""
+    _, size, width = up.shape
+    neurons = (idx[:, None] * size + jnp.arange(size, dtype=idx.dtype)).reshape(-1)
+    options = {"blocks": None, "interpret": False}
+    products = rows.matvec(up.reshape(-1, width), neurons, count * size, x[0], **options)
+    hidden = activation(products) * jnp.repeat(gates[0, idx], size)
+    return rows.vecmat(down.reshape(-1, width), neurons, count * size, hidden, **options)[None]
 
 
 def _forward(
