@@ -8,6 +8,7 @@ from typing import Literal
 from sparsejax.models.decoding import DType
 
 FeedForwardKind = Literal["gated", "relu", "spark", "block"]
+RouterNorm = Literal["rms", "sum", "none"]
 
 
 def require(condition: bool, message: str) -> None:
@@ -81,6 +82,7 @@ class LlamaConfig:
     ffn_k: neurons of a token: those of "spark", in expectation; the most that "relu" keeps.
     ffn_r: features that the predictor of "spark" reads; None means half. Read `ffn_split`.
     n_experts: of "block", of `d_ff / n_experts` neurons each.
+    router_norm: of "block": what divides the gates, see `relu_rms_router`.
     attention: "spark" chooses about `attention_k` keys by the first `attention_r` features of a
         head (None: half; read `attention_split`), each part with rotations of its own.
 
@@ -112,6 +114,7 @@ class LlamaConfig:
     ffn_k: int | None = None
     ffn_r: int | None = None
     n_experts: int | None = None
+    router_norm: RouterNorm = "rms"
     attention: Literal["dense", "spark"] = "dense"
     attention_k: int | None = None
     attention_r: int | None = None
@@ -179,6 +182,7 @@ def check_sparse_layers(config: LlamaConfig) -> None:
         "ffn": ("gated", "relu", "spark", "block"),
         "activation": ("silu", "gelu"),
         "attention": ("dense", "spark"),
+        "router_norm": ("rms", "sum", "none"),
     }
     for name, allowed in choices.items():
         value = getattr(config, name)
@@ -281,7 +285,7 @@ def parameter_count(config: LlamaConfig) -> int:
     q, kv = config.n_heads * width, config.kv_heads * width
     bias = q + 2 * kv if config.qkv_bias else 0
     matrices = 3 if config.ffn == "gated" else 2
-    router = (config.n_experts or 0) * (d + 1)
+    router = (config.n_experts or 0) * (d + (config.router_norm == "rms"))
     block = 2 * d * (q + kv) + bias + matrices * d * config.d_ff + router + 2 * d
     vocabulary = config.vocab_size * d * (1 if config.tie_embeddings else 2)
     positions = config.max_seq_len * d if config.positions == "learned" else 0

@@ -95,17 +95,18 @@ class SparkFeedForward(nnx.Module):
 
 
 class BlockFeedForward(nnx.Module):
-    """Experts behind a router of ReLU and RMSNorm; see `block_ffn`."""
+    """Experts behind a router of ReLU and, by `config.router_norm`, a norm; see `block_ffn`."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         d, experts = config.d_model, cast(int, config.n_experts)
         width, dtype = config.d_ff // experts, jnp.dtype(config.param_dtype)
-        self.dtype = config.dtype
+        self.dtype, self.norm = config.dtype, config.router_norm
         router = 0.1 * kernel_init(rngs.params(), (d, experts), dtype)
         up = kernel_init(rngs.params(), (d, config.d_ff), dtype)
         down = kernel_init(rngs.params(), (config.d_ff, d), dtype)
         self.router = nnx.Param(router.T)
-        self.router_norm = nnx.Param(jnp.ones((experts,), dtype))
+        if self.norm == "rms":
+            self.router_norm = nnx.Param(jnp.ones((experts,), dtype))
         self.up = nnx.Param(up.T.reshape(experts, width, d))
         self.down = nnx.Param(down.reshape(experts, width, d))
 
@@ -124,12 +125,13 @@ class BlockFeedForward(nnx.Module):
         return self._layer(x, "union")[0]
 
     def _layer(self, x: Array, path: ExpertPath) -> tuple[Array, Found]:
-        names = ("router", "router_norm", "up", "down")
+        routing = ("router", "router_norm") if self.norm == "rms" else ("router",)
+        names = (*routing, "up", "down")
         params = {name: getattr(self, name)[...] for name in names}
         # those of a union are widened as they are read, and no others
-        ready = names if path == "dense" else names[:2]
+        ready = names if path == "dense" else routing
         params |= {name: params[name].astype(self.dtype) for name in ready}
-        y, found = block_ffn(params, x.reshape(-1, x.shape[-1]), path=path)
+        y, found = block_ffn(params, x.reshape(-1, x.shape[-1]), norm=self.norm, path=path)
         return y.reshape(x.shape), found
 
 
