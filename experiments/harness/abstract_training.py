@@ -13,9 +13,12 @@ from experiments.harness.config import ExperimentError
 from experiments.harness.data import DatasetError, open_builder
 from experiments.harness.images import ImageConfig, Method, build_backbone, make_trainer
 
-PAPER_SIDE = {"imagenet2012": 224, "cifar10": 32, "cifar100": 32}
-PAPER_IMAGES = {"imagenet2012": 1281167, "cifar10": 50000, "cifar100": 50000}
-PAPER_CLASSES = {"imagenet2012": 1000, "cifar10": 10, "cifar100": 100}
+PAPER_SIDE = {"imagenet2012": 224, "cifar10": 32, "cifar100": 32, "oxford_flowers102": 224,
+              "oxford_iiit_pet": 224}  # fmt: skip
+PAPER_IMAGES = {"imagenet2012": 1281167, "cifar10": 50000, "cifar100": 50000,
+                "oxford_flowers102": 1020, "oxford_iiit_pet": 3680}  # fmt: skip
+PAPER_CLASSES = {"imagenet2012": 1000, "cifar10": 10, "cifar100": 100, "oxford_flowers102": 102,
+                 "oxford_iiit_pet": 37}  # fmt: skip
 PRUNABLE = r"^(?!stem/).*kernel$"  # of a ResNet: the first convolution stays dense
 Transform = Callable[[PyTree, optax.GradientTransformation], optax.GradientTransformation]
 

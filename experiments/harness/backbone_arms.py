@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sparsejax as sj
@@ -27,12 +27,16 @@ def backbone_runner(
     plan: Callable[[str, ImageData], Method],
     *,
     scope: sj.Where = None,
+    share: Callable[[ImageData, int], ImageData] = lambda data, seed: data,
+    after: Callable[[str, dict[str, Any], ImageData], Mapping[str, Any]] = lambda *_: {},
 ) -> Callable[[str, float, int], dict[str, Any]]:
     """Reads the images once and compiles every arm once; `run_arms` calls what it returns.
 
     Args:
       plan: arm, images -> how it is trained.
       scope: the sparse leaves, of which SAD is a share.
+      share: images, seed -> those that the seed trains and tests on, as many for every seed.
+      after: arm, trained state, these images -> more JSON values.
 
     Returns:
       Arm, learning rate, seed -> what `train_backbone` found, with `sad` where masks were followed.
@@ -41,12 +45,14 @@ def backbone_runner(
 
     @functools.cache
     def trainer(arm: str) -> Trainer:
-        return compile_trainer(config, data, plan(arm, data), mesh)
+        return compile_trainer(config, share(data, 0), plan(arm, data), mesh)
 
     def train(arm: str, rate: float, seed: int) -> dict[str, Any]:
         trial = re.sub(r"[^\w.-]+", "-", f"{arm}-lr{rate:g}-seed{seed}")
-        found = train_backbone(run, trial, config, data, trainer(arm), seed=seed, peak=rate,
-                               mesh=mesh, slug=slug)  # fmt: skip
+        own = share(data, seed)
+        found = train_backbone(run, trial, config, own, trainer(arm), seed=seed, peak=rate,
+                               mesh=mesh, slug=slug,
+                               after=lambda state: after(arm, state, own))  # fmt: skip
         if "flips" in found:
             found["sad"] = found.pop("flips") / scope_size(backbone_builder(config, data), scope)
         return found

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,15 +24,17 @@ from sparsejax.models import (
     VGG19,
     VIT_SIZES,
     ConvNetConfig,
+    CrateClassifier,
     ResNet,
     ResNet9,
     ViT,
+    crate_config,
     resnet_config,
     vit_config,
 )
 
 MLP = "mlp"
-_VIT = re.compile(rf"vit_({'|'.join(VIT_SIZES)})_patch([1-9]\d*)")
+TRANSFORMER = re.compile(rf"(vit|crate)_({'|'.join(VIT_SIZES)})_patch([1-9]\d*)")
 MILESTONES, STEP = (0.3, 0.6, 0.8), 0.2
 Views = Callable[[PyTree, Array], PyTree]
 
@@ -45,7 +47,7 @@ class ImageConfig(RunConfig):
     """A dataset of images of this project or of TFDS, by name."""
     model: str = MLP
     """mlp (on small_digits), or a backbone: resnet18, resnet20, resnet50, ..., resnet18_cifar, ...,
-    resnet9, vgg19, vit_tiny_patch16, ..., vit_large_patch16."""
+    resnet9, vgg19, vit_tiny_patch16, ..., vit_large_patch16, crate_tiny_patch16, ...."""
     image_size: int | None = None
     """Side of the crops, where the images of a dataset differ in shape; 224 by default."""
     epochs: int = 30
@@ -56,14 +58,16 @@ class ImageConfig(RunConfig):
     """The learning rate rises linearly for so long, then falls as the schedule says."""
     schedule: Literal["cosine", "multistep"] = "cosine"
     """To 0 along a cosine, or to a fifth after .3, .6 and .8 of all epochs."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """SGD with momentum, or for a backbone AdamW with gradients clipped to a norm of 1."""
+    optimizer: Literal["sgd", "adamw", "lion"] = "sgd"
+    """SGD with momentum, or for a backbone AdamW or Lion."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradients that AdamW and Lion are given; 0 for any."""
     momentum: float = 0.9
     """Of SGD."""
     nesterov: bool = False
     """Nesterov's momentum of SGD."""
     weight_decay: float = 5e-5
-    """Of every parameter: added to the gradient by SGD, apart from it by AdamW."""
+    """Of every parameter: added to the gradient by SGD, apart from it by the others."""
     label_smoothing: float = 0.0
     """Share of the target that is spread over all classes."""
     augment: Literal["none", "crop", "crop_flip"] = "crop_flip"
@@ -81,8 +85,9 @@ class ImageConfig(RunConfig):
         for name in ("momentum", "label_smoothing", "color_jitter"):
             if not 0 <= getattr(self, name) < 1:
                 raise ExperimentError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
-        if self.weight_decay < 0:
-            raise ExperimentError(f"weight_decay is {self.weight_decay}; it must not be negative")
+        for name in ("weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise ExperimentError(f"{name} is {getattr(self, name)}; it must not be negative")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ExperimentError(
                 f"warmup_epochs is {self.warmup_epochs}; it must be at least 0 and below epochs"
@@ -102,13 +107,13 @@ class ImageConfig(RunConfig):
         elif not (
             self.model in RESNET_SIZES
             or self.model in ("resnet9", "vgg19")
-            or _VIT.fullmatch(self.model)
+            or TRANSFORMER.fullmatch(self.model)
         ):
             names = ("mlp", *RESNET_SIZES, "resnet9", "vgg19")
-            vits = ", ".join(f"vit_{size}_patchN" for size in VIT_SIZES)
-            raise ExperimentError(
-                f"model is {self.model!r}; known are {', '.join(names)} and {vits}"
+            names += tuple(
+                f"{kind}_{size}_patchN" for kind in ("vit", "crate") for size in VIT_SIZES
             )
+            raise ExperimentError(f"model is {self.model!r}; known are {', '.join(names)}")
 
     @property
     def is_mlp(self) -> bool:
@@ -136,11 +141,13 @@ def learning_rate(
 
 def make_optimizer(config: ImageConfig, rate: Any) -> optax.GradientTransformation:
     """The optimiser that the settings name."""
-    if config.optimizer == "adamw":
-        adamw = optax.adamw(rate, weight_decay=config.weight_decay)
-        return optax.chain(optax.clip_by_global_norm(1.0), adamw)
-    return digits.sgd(rate, momentum=config.momentum, weight_decay=config.weight_decay,
-                      nesterov=config.nesterov)  # fmt: skip
+    if config.optimizer == "sgd":
+        return digits.sgd(rate, momentum=config.momentum, weight_decay=config.weight_decay,
+                          nesterov=config.nesterov)  # fmt: skip
+    kind = optax.adamw if config.optimizer == "adamw" else optax.lion
+    inner = kind(rate, weight_decay=config.weight_decay)
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    return optax.chain(clip, inner) if config.clip_norm else inner
 
 
 def build_backbone(
@@ -155,11 +162,14 @@ def build_backbone(
       ExperimentError: a patch that does not divide the images.
     """
     sizes = {"num_classes": classes, "in_channels": channels, "dtype": config.dtype} | changes
-    vit = _VIT.fullmatch(config.model)
+    transformer = TRANSFORMER.fullmatch(config.model)
     try:
-        if vit:
-            patch = {"patch_size": int(vit[2]), "image_size": side}
-            return ViT(vit_config(vit[1], **patch, **sizes), rngs=rngs)
+        if transformer:
+            family, size, patch = transformer.groups()
+            sizes |= {"patch_size": int(patch), "image_size": side}
+            if family == "crate":
+                return CrateClassifier(crate_config(size, **sizes), rngs=rngs)
+            return ViT(vit_config(size, **sizes), rngs=rngs)
         if config.model in RESNET_SIZES:
             return ResNet(resnet_config(config.model, **sizes), rngs=rngs)
         kind = ResNet9 if config.model == "resnet9" else VGG19
@@ -175,12 +185,12 @@ def backbone_builder(config: ImageConfig, data: ImageData) -> Callable[..., nnx.
 
 
 def logits(model: Any, images: Array, *, train: bool) -> Float[Array, "b classes"]:
-    """The outputs of any backbone; vision transformers behave alike in training and after it.
+    """The outputs of any backbone; transformers behave alike in training and after it.
 
     Layers put into a model, such as those of Sparse-IFT, are called without `train`: `model` is
     told, too, and should be a copy of one's own.
     """
-    if isinstance(model, ViT):
+    if isinstance(model, ViT | CrateClassifier):
         return model(images)
     if train:
         model.train()
@@ -360,16 +370,18 @@ def augmented(
 def train_backbone(
     run: Run, trial: str, config: ImageConfig, data: ImageData, trainer: Trainer, *, seed: int,
     peak: float, mesh: Mesh | None, slug: str,
-) -> dict[str, float]:  # fmt: skip
+    after: Callable[[dict[str, Any]], Mapping[str, Any]] = lambda state: {},
+) -> dict[str, Any]:  # fmt: skip
     """Trains and measures on the test images; resumes where it was stopped.
 
     Args:
       trial: its name. trainer: from `compile_trainer`. peak: learning rate.
+      after: the trained state -> more JSON values.
 
     Returns:
       `test_accuracy` in percent, `test_loss` in nats, `train_loss` over the last epoch, what
       `Method.measure` logged over the second half, and with `Method.masks` `flips`, the mask bits
-      changed between the ends of epochs in all.
+      changed between the ends of epochs in all; and those of `after`.
     """
     hosts, steps_per_epoch = jax.process_count(), trainer.steps_per_epoch
     shard = (jax.process_index(), hosts)
@@ -394,11 +406,12 @@ def train_backbone(
         return sum(values) / max(len(values), 1)
 
     measured = {name for line in lines for name in line} - {"trial", "step", "loss"}
-    found = {
+    found: dict[str, Any] = {
         "test_accuracy": 100 * totals["right"] / totals["count"],
         "test_loss": totals["nats"] / totals["count"],
         "train_loss": logged("loss", steps - steps_per_epoch),
         **{name: logged(name, steps // 2) for name in sorted(measured)},
+        **after(state),
     }
     return found | ({"flips": int(state["flips"])} if "flips" in state else {})
 

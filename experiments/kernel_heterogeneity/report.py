@@ -105,7 +105,7 @@ def draw(config: Config, run: Run, found: Found, shown: Mapping[str, np.ndarray]
                     for m in ("sparseness", "psnr"))  # fmt: skip
             axes.plot(x, y, "o", linestyle=DASHES[place], color=color, ms=3, lw=1.4,
                       label=f"{LABELS[name]}, {SOLVERS[solver]}")  # fmt: skip
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(frameon=False, fontsize=7, loc="lower left")
     save(figure, run.folder / "resilience.png")
     figure, axes = new_figure("Each crop", "active coefficients per pixel", "PSNR (dB)")
     for marker, (solver, by_name) in zip("os", found.items(), strict=True):
