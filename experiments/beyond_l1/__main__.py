@@ -1,12 +1,4 @@
-"""Beyond l1: natural images under penalties nearer to l0 need fewer active neurons.
-
-Paper: Rentzeperis, Calatroni, Perrinet and Prandi, "Beyond l1 sparse coding in V1" (PLoS
-Computational Biology 2023). Expected: at equal reconstruction error l1 has a denser code than the
-other penalties; all of them learn cells that are selective for orientation.
-
-Every penalty learns a dictionary from the same start on the same patches. Penalties are compared at
-equal error, not at equal weight: l1's active atoms are interpolated over the log of its error.
-"""
+"""`python -m experiments.beyond_l1`."""
 
 import functools
 from typing import Any
@@ -28,7 +20,6 @@ from experiments.harness.progress import training_bar
 from experiments.harness.run import Run
 from sparsejax import coding
 
-MINUTES = {"laptop": "5", "test": "0.2", "paper": "checked abstractly"}
 _ANGLES, _PHASES = np.arange(18) * np.pi / 18, np.arange(8) * np.pi / 4
 _FREQUENCIES = np.asarray([0.08, 0.12, 0.18, 0.25, 0.32, 0.4])
 _CHUNK = 512

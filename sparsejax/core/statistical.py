@@ -191,9 +191,9 @@ def compact_indices(
         raise ValueError(f"capacity is {capacity}; it must be at least 1")
     reached = jnp.cumsum(mask, dtype=jnp.int32)
     total = reached[-1] if mask.size else jnp.int32(0)
-    wanted = jnp.arange(1, capacity + 1, dtype=jnp.int32)
-    # the n-th True entry is where the running count first reaches n
-    found = jnp.searchsorted(reached, wanted).astype(jnp.int32)
-    used = wanted <= total
+    # the n-th True entry goes to place n; what is False, or too many, has none
+    places = jnp.where(mask, reached - 1, capacity)
+    numbers = jnp.arange(mask.size, dtype=jnp.int32)
+    found = jnp.zeros(capacity, jnp.int32).at[places].set(numbers, mode="drop")
     count = jnp.minimum(total, capacity)
-    return jnp.where(used, found, 0), count, total - count
+    return found, count, total - count
