@@ -19,7 +19,7 @@ from experiments.harness.run import write_atomic, write_json
 KEPT = ("slug", "paper", "preset", "claims", "card", "metrics", "tables", "seconds", "device",
         "cores", "versions", "commit")  # fmt: skip
 LOADED = ("pretrained", "retrained")
-"""Presets that take a pretrained model."""
+"""Presets that take a pretrained model; README shows the tables of those that it has marks for."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -60,10 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_atomic(options.results, text)
     if options.readme.is_file():
         loaded = [summary for summary in summaries if summary["preset"] in LOADED]
-        sections = {
-            "results": claims,
-            "pretrained": "\n".join(markdown_table(t) for s in loaded for t in s["tables"]),
-        }
+        sections = {"results": claims}
+        for s in loaded:
+            name = f"{s['slug']} {s['preset']}"
+            sections[name] = "\n".join(markdown_table(table) for table in s["tables"])
         write_atomic(options.readme, fill_sections(options.readme.read_text(), sections))
     print(f"wrote {options.results}")
     if failed:

@@ -65,8 +65,8 @@ def test_reproduce_collects_results_and_fills_the_readme(tmp_path, capsys):
     (kept / "old.laptop.json").write_text(json.dumps({**SUMMARY, "slug": "old"}))
     readme = tmp_path / "README.md"
     readme.write_text(
-        "before <!-- results -->stale<!-- end of results --> after <!-- pretrained -->"
-        "<!-- end of pretrained -->"
+        "before <!-- results -->stale<!-- end of results --> after "
+        "<!-- cast_llama pretrained --><!-- end of cast_llama pretrained -->"
     )
     reproduce.main(
         ["--collect", "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "R.md"),
