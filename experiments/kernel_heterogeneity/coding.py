@@ -108,22 +108,17 @@ def learn(
         num_iters=config.learn_iterations, tol=1e-2,
     ))  # fmt: skip
     rng = np.random.default_rng([seed, 1])
-    ready = jax.jit(
-        lambda x: _window(coding.local_contrast_normalise(coding.spectral_whiten(x))[0])
-    )
+    window = jnp.asarray(coding.circular_window(config.crop), jnp.float32)
+
+    @jax.jit
+    def ready(crop: Array) -> Array:
+        return window * coding.local_contrast_normalise(coding.spectral_whiten(crop))[0]
+
     filters = coding.normalise(filters, axis=(0, 1))
     for number in range(config.learn_steps):
         (crop,) = draw_crops(config, [photos[rng.integers(len(photos))]], rng, 1)
         filters = step(filters, ready(jnp.asarray(crop)), jnp.float32(number))
     return filters
-
-
-def _window(image: Array) -> Array:
-    """The circular window of the kernels, on the frame of an image."""
-    line = np.linspace(-1, 1, image.shape[0])
-    radius = np.hypot(*np.meshgrid(line, line))
-    inside = np.where(radius < 1, ((np.cos(np.pi * radius) + 1) / 2).clip(0) ** (1 / 3), 0)
-    return image * jnp.asarray(inside, image.dtype)
 
 
 def fitted_bandwidths(config: Config, filters: Float[Array, "h w m"]) -> list[float]:

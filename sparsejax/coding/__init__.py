@@ -1,5 +1,6 @@
 """Sparse representations: coding rates and CRATE, sparse coding solvers and dictionaries."""
 
+from sparsejax.coding.checks import check_dictionary
 from sparsejax.coding.constraints import normalise
 from sparsejax.coding.convolutional import (
     CscState,
@@ -27,7 +28,7 @@ from sparsejax.coding.dictionary_learning import (
     learn_batch,
 )
 from sparsejax.coding.implicit import implicit_codes
-from sparsejax.coding.log_gabor import log_gabor, log_gabor_dictionary
+from sparsejax.coding.log_gabor import circular_window, log_gabor, log_gabor_dictionary
 from sparsejax.coding.matching_pursuit import matching_pursuit, orthogonal_matching_pursuit
 from sparsejax.coding.rate_reduction import (
     coding_rate,
@@ -53,7 +54,6 @@ from sparsejax.coding.self_distillation import dino_loss, update_center, update_
 from sparsejax.coding.solvers import (
     Operators,
     Trace,
-    check_dictionary,
     fista,
     ista,
     ista_step,
@@ -71,6 +71,7 @@ __all__ = [
     "Trace",
     "attention_maps",
     "check_dictionary",
+    "circular_window",
     "coding_rate",
     "coding_rate_gradient",
     "coordinate_descent",

@@ -19,8 +19,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from sparsejax.coding.checks import Scalar, check_finite
 from sparsejax.coding.constraints import normalise
-from sparsejax.coding.solvers import Operators, Scalar, fista
+from sparsejax.coding.solvers import Operators, fista
 from sparsejax.core.dtypes import widen
 from sparsejax.core.proximal import soft_threshold
 from sparsejax.core.selection import is_concrete
@@ -352,9 +353,7 @@ def _check(image: Array, filters: Array, lam: Scalar, num_iters: int) -> None:
         raise ValueError(f"lam is {lam}; it must not be negative")
     if num_iters < 1:
         raise ValueError(f"num_iters is {num_iters}; it must be at least 1")
-    for name, value in (("image", image), ("filters", filters)):
-        if is_concrete(value) and not np.isfinite(np.asarray(value, np.float64)).all():
-            raise ValueError(f"{name} holds values that are not finite")
+    check_finite(image=image, filters=filters)
     if is_concrete(filters):
         empty = ~(np.asarray(filters) != 0).any(axis=(0, 1))
         if empty.any():

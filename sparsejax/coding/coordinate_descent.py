@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from sparsejax.coding.solvers import Prox, Scalar, check_dictionary, check_settings
+from sparsejax.coding.checks import Prox, Scalar, check_dictionary, check_settings
 from sparsejax.core.dtypes import widen
 
 

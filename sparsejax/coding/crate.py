@@ -51,8 +51,6 @@ def mssa(
     (1, 3, 2)
     """
     (b, n, d), rows = x.shape, w_qkv.shape[0]
-    if heads < 1 or rows % heads:
-        raise ValueError(f"w_qkv has {rows} rows; heads, which is {heads}, must divide them")
     width = d if w_out is None else w_out.shape[1]
     if w_qkv.shape[1] != d or width != rows:
         shape = None if w_out is None else w_out.shape
@@ -62,9 +60,8 @@ def mssa(
         )
     if mask is not None and not use_softmax:
         raise ValueError("mask is given with use_softmax False, which masks nothing")
-    w = jnp.einsum("bnd,ed->bne", x, w_qkv).reshape(b, n, heads, -1)
-    wide = widen(w)
-    logits = jnp.einsum("bnkp,bmkp->bknm", wide, wide) * (rows // heads) ** -0.5
+    w = _projected(x, w_qkv, heads)
+    logits = _logits(w)
     if mask is not None:
         logits = jnp.where(mask, logits, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1) if use_softmax else logits
@@ -85,12 +82,21 @@ def attention_maps(
     >>> attention_maps(jnp.ones((1, 2, 2)), jnp.eye(2), heads=1)[0, 0].tolist()
     [[0.5, 0.5], [0.5, 0.5]]
     """
+    return jax.nn.softmax(_logits(_projected(x, w_qkv, heads)), axis=-1)
+
+
+def _projected(x: Array, w_qkv: Array, heads: int) -> Array:
+    """Tokens in the subspace of each head, `[b, n, k, p]`."""
     rows = w_qkv.shape[0]
     if heads < 1 or rows % heads:
         raise ValueError(f"w_qkv has {rows} rows; heads, which is {heads}, must divide them")
-    w = widen(jnp.einsum("bnd,ed->bne", x, w_qkv)).reshape(*x.shape[:2], heads, -1)
-    logits = jnp.einsum("bnkp,bmkp->bknm", w, w) * (rows // heads) ** -0.5
-    return jax.nn.softmax(logits, axis=-1)
+    return jnp.einsum("bnd,ed->bne", x, w_qkv).reshape(*x.shape[:2], heads, -1)
+
+
+def _logits(w: Array) -> Array:
+    """Scaled products of all pairs of tokens, `[b, k, n, n]`."""
+    w = widen(w)
+    return jnp.einsum("bnkp,bmkp->bknm", w, w) * w.shape[-1] ** -0.5
 
 
 def patchify(images: Float[Array, "b h w c"], patch: int) -> Float[Array, "b n ppc"]:

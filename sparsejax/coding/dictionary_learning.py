@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from sparsejax.coding.checks import Scalar
 from sparsejax.coding.constraints import normalise
-from sparsejax.coding.solvers import Scalar
 
 Coder = Callable[[Array, Array], Array]
 

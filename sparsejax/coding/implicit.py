@@ -7,13 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from sparsejax.coding.solvers import (
-    Prox,
-    Scalar,
-    check_dictionary,
-    check_settings,
-    spectral_norm_sq,
-)
+from sparsejax.coding.checks import Prox, Scalar, check_dictionary, check_settings
+from sparsejax.coding.solvers import spectral_norm_sq
 
 
 def implicit_codes(

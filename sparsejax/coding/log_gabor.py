@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparsejax.coding.solvers import Scalar
+from sparsejax.coding.checks import Scalar
 from sparsejax.core.selection import is_concrete
 
 
@@ -61,11 +61,24 @@ def log_gabor(
     turned = [envelope * signs * part(jnp.asarray(phase, dtype)) for part in (jnp.cos, jnp.sin)]
     spectrum = jax.lax.complex(turned[0], -turned[1])
     kernel = jnp.real(jnp.fft.ifft2(jnp.fft.ifftshift(spectrum)))
-    radius = np.hypot(*np.meshgrid(*2 * [np.linspace(-1, 1, size)]))
-    inside = np.where(radius < 1, ((np.cos(np.pi * radius) + 1) / 2).clip(0) ** (1 / 3), 0)
-    kernel = kernel * jnp.asarray(inside, dtype)
+    kernel = kernel * jnp.asarray(circular_window(size), dtype)
     kernel = kernel - jnp.median(kernel)
     return kernel / jnp.max(jnp.abs(kernel))
+
+
+def circular_window(size: int) -> Float[np.ndarray, "n n"]:
+    """1 at the centre of a square, falling to 0 on its inscribed circle and beyond.
+
+    Raises:
+      ValueError: size below 2.
+
+    >>> circular_window(3).tolist()
+    [[0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+    """
+    if size < 2:
+        raise ValueError(f"size is {size}; it must be at least 2")
+    radius = np.hypot(*np.meshgrid(*2 * [np.linspace(-1, 1, size)]))
+    return np.where(radius < 1, ((np.cos(np.pi * radius) + 1) / 2).clip(0) ** (1 / 3), 0)
 
 
 def log_gabor_dictionary(

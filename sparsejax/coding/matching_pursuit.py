@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from sparsejax.coding.solvers import check_dictionary
+from sparsejax.coding.checks import check_dictionary
 from sparsejax.core.dtypes import widen
 
 

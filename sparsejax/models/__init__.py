@@ -7,6 +7,9 @@ GGUF files. `ResNet`, `ResNet9`, `VGG19` and `ViT` classify images (channels las
 texts; `CrateClassifier`, `CrateMAE` and `CrateLM` are white-box transformers.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from sparsejax.models.blocks import unroll
 from sparsejax.models.conv_layers import replicated_specs
 from sparsejax.models.convnets import VGG19, ResNet9
@@ -77,10 +80,12 @@ from sparsejax.models.text_classifier import (
     text_classifier_config,
 )
 from sparsejax.models.transformed import TransformedBlock, TransformedLlama, transform_llama
-from sparsejax.models.vision_language import VisionLanguage, vision_language_param_specs
 from sparsejax.models.vision_language_config import CoreMatching, VisionLanguageConfig
 from sparsejax.models.vit import ViT
 from sparsejax.models.vit_config import VIT_SIZES, ViTConfig, vit_config
+
+if TYPE_CHECKING:
+    from sparsejax.models.vision_language import VisionLanguage, vision_language_param_specs
 
 __all__ = [
     "CRATE_AXES",
@@ -169,3 +174,10 @@ __all__ = [
     "vision_language_param_specs",
     "vit_config",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What stands on kernels comes when it is asked for: Pallas is slow to import."""
+    if name in ("VisionLanguage", "vision_language_param_specs"):
+        return getattr(importlib.import_module("sparsejax.models.vision_language"), name)
+    raise AttributeError(f"module 'sparsejax.models' has no attribute {name!r}")

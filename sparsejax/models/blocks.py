@@ -4,6 +4,7 @@
 separate modules of them, which decode faster.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,6 +19,17 @@ from sparsejax.models.llama_config import require
 
 Block = TypeVar("Block", bound=nnx.Module)
 Model = TypeVar("Model", bound=Any)
+
+
+def stack_blocks(build: Callable[..., Block], n_layers: int, rngs: nnx.Rngs) -> Block:
+    """`n_layers` modules from `build(rngs=...)` as one, their parameters with a leading axis."""
+
+    @nnx.split_rngs(splits=n_layers)
+    @nnx.vmap
+    def stack(rngs: nnx.Rngs) -> Block:
+        return build(rngs=rngs)
+
+    return stack(rngs)
 
 
 def run_blocks(

@@ -10,7 +10,6 @@ Masked Completion via Structured Diffusion with White-Box Transformers (2024, ar
 from collections.abc import Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -22,6 +21,7 @@ from sparsejax.models.blocks import (
     put_block,
     run_blocks,
     run_blocks_detailed,
+    stack_blocks,
     take_block,
 )
 from sparsejax.models.crate_config import CrateConfig, CrateImageConfig, CrateTextConfig
@@ -36,7 +36,7 @@ class CrateEncoder(nnx.Module):
 
     def __init__(self, config: CrateConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.blocks = _stack(partial(CrateBlock, config), config.n_layers, rngs)
+        self.blocks = stack_blocks(partial(CrateBlock, config), config.n_layers, rngs)
 
     def encode(
         self, x: Float[Array, "b n d"], mask: Bool[Array, "#b #k #n #n"] | None = None
@@ -130,7 +130,7 @@ class CrateMAE(CrateEncoder):
         self.mask_token = _embedding(config, 1, 0.02, rngs)
         self.norm = LayerNorm(d, **norm)
         block = partial(CrateDecoderBlock, config, use_softmax=use_softmax)
-        self.decoder_blocks = _stack(block, config.n_layers, rngs)
+        self.decoder_blocks = stack_blocks(block, config.n_layers, rngs)
         self.decoder_norm = LayerNorm(d, **norm)
         self.predictor = _xavier_linear(config, d, config.pixels, rngs)
 
@@ -294,15 +294,6 @@ def _check_images(images: Array, config: CrateImageConfig) -> None:
         images.ndim == 4 and images.shape[1:] == shape,
         f"images has the shape {images.shape}; it must be [batch, {', '.join(map(str, shape))}].",
     )
-
-
-def _stack(block: Any, layers: int, rngs: nnx.Rngs) -> Any:
-    @nnx.split_rngs(splits=layers)
-    @nnx.vmap
-    def build(rngs: nnx.Rngs) -> nnx.Module:
-        return block(rngs=rngs)
-
-    return build(rngs)
 
 
 def _embedding(config: CrateConfig, size: int, std: float, rngs: nnx.Rngs) -> nnx.Embed:

@@ -9,6 +9,7 @@ the Transformer Architecture", 2020 (norm before each branch).
 """
 
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -18,7 +19,13 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from sparsejax.models.blocks import matrix_dot_general, put_block, run_blocks, take_block
+from sparsejax.models.blocks import (
+    matrix_dot_general,
+    put_block,
+    run_blocks,
+    stack_blocks,
+    take_block,
+)
 from sparsejax.models.encoder_config import EncoderConfig
 from sparsejax.models.gpt import LayerNorm
 from sparsejax.models.partition import Rules, specs_of
@@ -131,13 +138,8 @@ class Encoder(nnx.Module):
     """A stack of blocks and the norm behind them: `blocks/...`, `norm/scale`, `norm/bias`."""
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
-        @nnx.split_rngs(splits=config.n_layers)
-        @nnx.vmap
-        def stack(rngs: nnx.Rngs) -> EncoderBlock:
-            return EncoderBlock(config, rngs=rngs)
-
         self.config = config
-        self.blocks = stack(rngs)
+        self.blocks = stack_blocks(partial(EncoderBlock, config), config.n_layers, rngs)
         self.norm = LayerNorm(config.d_model, eps=config.norm_eps, param_dtype=config.param_dtype)
 
     def encode(

@@ -7,6 +7,8 @@ the projections of `Llama` and of this model are found by the same expression,
 Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -19,6 +21,7 @@ from sparsejax.models.blocks import (
     matrix_dot_general,
     put_block,
     run_blocks,
+    stack_blocks,
     take_block,
 )
 from sparsejax.models.decoding import DType, KVCache, check_cache, write_layer
@@ -158,11 +161,6 @@ class Gpt(nnx.Module):
     """
 
     def __init__(self, config: GptConfig, *, rngs: nnx.Rngs):
-        @nnx.split_rngs(splits=config.n_layers)
-        @nnx.vmap
-        def stack(rngs: nnx.Rngs) -> GptBlock:
-            return GptBlock(config, rngs=rngs)
-
         def embedding(size: int) -> nnx.Embed:
             return nnx.Embed(
                 size,
@@ -175,7 +173,7 @@ class Gpt(nnx.Module):
         self.config = config
         self.embed = embedding(config.vocab_size)
         self.positions = embedding(config.max_seq_len)
-        self.blocks = stack(rngs)
+        self.blocks = stack_blocks(partial(GptBlock, config), config.n_layers, rngs)
         self.norm = LayerNorm(config.d_model, eps=config.norm_eps, param_dtype=config.param_dtype)
 
     def __call__(

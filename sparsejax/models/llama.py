@@ -10,6 +10,7 @@ Su et al., "RoFormer", 2021 (rotary embedding); Shazeer, "GLU Variants", 2020 (S
 
 import itertools
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +25,7 @@ from sparsejax.models.blocks import (
     run_blocks,
     run_blocks_detailed,
     slice_blocks,
+    stack_blocks,
     take_block,
 )
 from sparsejax.models.decoding import KVCache, check_cache
@@ -109,12 +111,9 @@ class Llama(nnx.Module):
     (1, 8, 128)
     """
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        @nnx.split_rngs(splits=config.n_layers)
-        @nnx.vmap
-        def stack(rngs: nnx.Rngs) -> DecoderBlock:
-            return DecoderBlock(config, rngs=rngs)
+    block_type: type[DecoderBlock] = DecoderBlock
 
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embed = nnx.Embed(
             config.vocab_size,
@@ -131,7 +130,7 @@ class Llama(nnx.Module):
                 embedding_init=nnx.initializers.normal(config.embed_std),
                 rngs=rngs,
             )
-        self.blocks = stack(rngs)
+        self.blocks = stack_blocks(partial(self.block_type, config), config.n_layers, rngs)
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps, param_dtype=config.param_dtype)
         if not config.tie_embeddings:
             self.head = linear(

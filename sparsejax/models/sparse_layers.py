@@ -12,7 +12,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from sparsejax.activations.block_ffn import ExpertPath, block_ffn
+from sparsejax.activations.block_ffn import ExpertPath, RouterNorm, block_ffn
 from sparsejax.activations.spark import spark_attention, spark_attention_step, spark_ffn
 from sparsejax.activations.topk_mlp import top_k_activation
 from sparsejax.activations.wina import product_of_kept
@@ -100,7 +100,8 @@ class BlockFeedForward(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         d, experts = config.d_model, cast(int, config.n_experts)
         width, dtype = config.d_ff // experts, jnp.dtype(config.param_dtype)
-        self.dtype, self.norm = config.dtype, config.router_norm
+        self.dtype = config.dtype
+        self.norm: RouterNorm = config.router_norm
         router = 0.1 * kernel_init(rngs.params(), (d, experts), dtype)
         up = kernel_init(rngs.params(), (d, config.d_ff), dtype)
         down = kernel_init(rngs.params(), (config.d_ff, d), dtype)

@@ -72,19 +72,14 @@ class TransformedLlama(Llama):
     (2, 96, 96)
     """
 
+    block_type = TransformedBlock
+
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         require(
             not config.tie_embeddings,
             "tie_embeddings is True; a transformed model has a head of its own.",
         )
         super().__init__(config, rngs=rngs)
-
-        @nnx.split_rngs(splits=config.n_layers)
-        @nnx.vmap
-        def stack(rngs: nnx.Rngs) -> TransformedBlock:
-            return TransformedBlock(config, rngs=rngs)
-
-        self.blocks = stack(rngs)
 
 
 def transform_llama(model: Llama) -> TransformedLlama:
