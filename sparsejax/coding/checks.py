@@ -20,6 +20,7 @@ def check_settings(
     Raises:
       ValueError: steps below 1, tol or a known lam negative, or an unknown penalty.
 
+    >>> import jax.numpy as jnp
     >>> check_settings("l1", 0.1, 10, 0.0)(jnp.ones(1), lam=0.5, step=1.0)
     Array([0.5], dtype=float32)
     """
@@ -39,6 +40,7 @@ def check_dictionary(dictionary: Float[Array, "n k"], x: Float[Array, "b m"]) ->
       ValueError: shapes that do not match; a column of zeros, or values that are not finite, in a
         dictionary or data that are known.
 
+    >>> import jax.numpy as jnp
     >>> check_dictionary(jnp.eye(2), jnp.ones((1, 2)))
     """
     if x.ndim != 2 or dictionary.ndim != 2 or x.shape[1] != dictionary.shape[0]:
@@ -62,6 +64,7 @@ def check_finite(**arrays: Float[Array, "..."]) -> None:
     Raises:
       ValueError: naming the first.
 
+    >>> import jax.numpy as jnp
     >>> check_finite(x=jnp.ones(2))
     """
     for name, value in arrays.items():
