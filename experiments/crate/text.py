@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from experiments.crate.config import SLUG, TextConfig
 from experiments.crate.figures import make_card
 from experiments.crate.measures import over_batches
-from experiments.crate.training import Objective, compile_training, host_batch, train_state
+from experiments.crate.training import Objective, compile_training, host_batch
 from experiments.harness.arms import (
     Found,
     arms_table,
@@ -32,6 +32,7 @@ from experiments.harness.plots import draw_curves, new_figure, save
 from experiments.harness.progress import mean_and_deviation
 from experiments.harness.run import Run
 from experiments.harness.sharding import make_mesh
+from experiments.harness.training import train
 from sparsejax.models import CrateLM, CrateTextConfig, Gpt, GptConfig
 from sparsejax.models.encoder import Encoder, embedding
 from sparsejax.models.encoder_config import EncoderConfig
@@ -194,13 +195,13 @@ def trainer(
 
         return compile_training(goal, functools.partial(optimizer, config), mesh), jax.jit(measure)
 
-    def train(arm: str, rate: float, seed: int) -> dict[str, Any]:
+    def run_arm(arm: str, rate: float, seed: int) -> dict[str, Any]:
         training, measure = compiled(arm)
         trial = f"{arm}-lr{rate:g}-seed{seed}"
         batches = window_batches(text.train, seq_len=config.seq_len, batch=batch, seed=seed,
                                  shard=shard)  # fmt: skip
-        state = train_state(run, trial, training, batches=batches, steps=config.steps, seed=seed,
-                            rate=rate, mesh=mesh, slug=SLUG)  # fmt: skip
+        state = train(run, trial, state=training.init(seed, rate), step=training.step,
+                      batches=batches, steps=config.steps, mesh=mesh, slug=SLUG)  # fmt: skip
         nats, count = over_batches(functools.partial(measure, state["params"]), windows, keys,
                                    size=64)  # fmt: skip
         lines = run.metrics(trial)
@@ -210,7 +211,7 @@ def trainer(
             "curve": [[line["step"], line["loss"]] for line in lines],
         }
 
-    return train
+    return run_arm
 
 
 def unigram_loss(text: TokenizedText) -> float:

@@ -94,15 +94,6 @@ def compile_training(
     )
 
 
-def train_state(
-    run: Run, trial: str, training: Training, *, batches: Any, steps: int, seed: int, rate: float,
-    mesh: Mesh | None, slug: str,
-) -> dict[str, Any]:  # fmt: skip
-    """The state after a training; resumes where it was stopped."""
-    return train(run, trial, state=training.init(seed, rate), step=training.step, batches=batches,
-                 steps=steps, mesh=mesh, slug=slug)  # fmt: skip
-
-
 def host_batch(batch: int, examples: int) -> int:
     """A process's part of a batch.
 
@@ -139,11 +130,12 @@ def image_trainer(
     )
     shard = (jax.process_index(), jax.process_count())
 
-    def train(arm: str, rate: float, seed: int) -> dict[str, Any]:
+    def run_arm(arm: str, rate: float, seed: int) -> dict[str, Any]:
         own = share_images(config, data, seed)
         batches = own.batches(batch=batch, seed=seed, shard=shard)
-        state = train_state(run, f"{arm}-lr{rate:g}-seed{seed}", training, batches=batches,
-                            steps=steps, seed=seed, rate=rate, mesh=mesh, slug=SLUG)  # fmt: skip
+        state = train(run, f"{arm}-lr{rate:g}-seed{seed}", state=training.init(seed, rate),
+                      step=training.step, batches=batches, steps=steps, mesh=mesh,
+                      slug=SLUG)  # fmt: skip
         return measure(state, own, seed)
 
-    return train
+    return run_arm

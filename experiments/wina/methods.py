@@ -17,9 +17,7 @@ from experiments.wina.config import Arm, Config
 from experiments.wina.products import (
     projections,
     stacked_factors,
-    with_cats,
     with_counts,
-    with_r_sparse,
 )
 from sparsejax import activations as act
 from sparsejax.models import Llama, LlamaConfig, rope_tables
@@ -102,10 +100,11 @@ class Workshop:
         model = with_counts(model) if counted else model
         spread = per_block if decoding else dict
         if arm.method == "cats":
-            return with_cats(model, setting.thresholds["ffn"], decoding=decoding)
+            limits = spread({"blocks/ffn": setting.thresholds["ffn"]})
+            return act.cats_model(model, limits, decoding=decoding)
         if arm.method == "r-sparse":
             factors = self._low_rank(setting)
-            return with_r_sparse(model, spread(setting.thresholds), spread(factors))
+            return act.r_sparse_model(model, spread(setting.thresholds), spread(factors))
         if self.config.mask_by == "topk":
             numbers: Any = {"sparsity": spread(setting.sparsity)}
         else:

@@ -1,12 +1,7 @@
-"""CATS and R-Sparse in the layers of a decoder, and how much of a sparsified model is really kept.
-
-A product takes the place of `lax.dot_general` in an `nnx.Linear`, as Flax allows; a feed-forward
-layer that of the decoder's own. Parameters keep their paths.
-"""
+"""The projections that methods sparsify, their factors, and how much of a model is really kept."""
 
 import functools
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,10 +10,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels.sparse_ffn import sparse_ffn
 from sparsejax import activations as act
 from sparsejax.core.selection import named_leaves
-from sparsejax.core.statistical import compact_indices
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -32,105 +25,12 @@ def projections(model: nnx.Module) -> dict[str, nnx.Linear]:
     }
 
 
-class CatsFeedForward(nnx.Module):
-    """A gated layer of which a token computes the neurons alone whose gate is above a threshold.
-
-    Args:
-      inner: the decoder's own layer, whose projections it takes. threshold: see `cats_threshold`.
-      decoding: also stores the weights of up neuron by neuron, of which a single token then reads
-        those that it needs.
-    """
-
-    def __init__(self, inner: Any, threshold: Float[Array, "*stack"], *, decoding: bool):
-        self.gate_proj, self.up_proj = inner.gate_proj, inner.up_proj
-        self.down_proj = inner.down_proj
-        self.threshold = act.InputSetting(threshold)
-        up = inner.up_proj.kernel[...]
-        self.up_rows = act.InputSetting(up.swapaxes(-1, -2)) if decoding else None
-
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        """The block's second residual branch."""
-        gates = act.cats_activation(self.gate_proj(x), self.threshold[...])
-        if self.up_rows is None or x.size != x.shape[-1]:
-            return self.down_proj(gates * self.up_proj(x))
-        gates = gates.reshape(-1)
-        idx, count, _ = compact_indices(gates != 0, gates.shape[0])
-        rows, down = self.up_rows[...], self.down_proj.kernel[...]
-        return sparse_ffn(x.reshape(-1), rows, down, idx, count, gate=gates[idx]).reshape(x.shape)
-
-    def detailed(self, x: Float[Array, "*b d"]) -> tuple[Float[Array, "*b d"], dict[str, Array]]:
-        """As `__call__`, with nothing beside it."""
-        return self(x), {}
-
-    def decode(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        """As `__call__`."""
-        return self(x)
-
-
-class RSparseProduct(nnx.Module):
-    """`r_sparse_linear` in place of a product; a single token reads the kept rows alone."""
-
-    def __init__(self, product: Any, c: Array, threshold: Array, factors: tuple[Array, Array]):
-        self.product = product
-        self.c, self.threshold = act.InputSetting(c), act.InputSetting(threshold)
-        self.down, self.up = (act.InputSetting(factor) for factor in factors)
-
-    def __call__(self, x: Array, kernel: Array, dimension_numbers: Any, **options: Any) -> Array:
-        limit = self.threshold[...]
-        kept = act.wina_mask(x, self.c[...], by="threshold", threshold=limit)
-        rest = (jnp.where(kept, 0, x) @ self.down[...]) @ self.up[...]
-        if x.size == x.shape[-1]:
-            row, mask = x.reshape(-1), kept.reshape(-1)
-            product = act.product_of_kept(row, kernel, mask, row.shape[0])
-            return product.reshape(rest.shape) + rest
-        return self.product(jnp.where(kept, x, 0), kernel, dimension_numbers, **options) + rest
-
-
-def with_cats(
-    model: Any, thresholds: Float[np.ndarray, " layers"], *, decoding: bool = False
-) -> Any:
-    """The model with CATS in every feed-forward layer.
-
-    Args:
-      model: with stacked blocks or separate ones; not changed. thresholds: of each layer.
-    """
-    copy, limits = nnx.clone(model), jnp.asarray(thresholds, jnp.float32)
-    if not isinstance(copy.blocks, nnx.List):
-        copy.blocks.ffn = CatsFeedForward(copy.blocks.ffn, limits, decoding=decoding)
-        return copy
-    for block, limit in zip(copy.blocks, limits):
-        block.ffn = CatsFeedForward(block.ffn, limit, decoding=decoding)
-    return copy
-
-
-def with_r_sparse(
-    model: Any,
-    thresholds: Mapping[str, Float[np.ndarray, "*stack"]],
-    factors: Mapping[str, tuple[Array, Array]],
-) -> Any:
-    """The model with R-Sparse in every projection.
-
-    Args:
-      model: with stacked blocks or separate ones; not changed.
-      thresholds, factors: by the path of the kernel, for each of stacked layers.
-    """
-    copy = nnx.clone(model)
-    for path, layer in projections(copy).items():
-        c = act.column_norms(layer.kernel[...], where=lambda path, leaf: True)
-        limit = jnp.asarray(thresholds[path], jnp.float32)
-        layer.dot_general = nnx.data(RSparseProduct(layer.dot_general, c, limit, factors[path]))
-    return copy
-
-
 @jax.jit
 def stacked_factors(kernel: Float[Array, "layers i o"]) -> tuple[Array, Array]:
     """All singular triplets of every layer's kernel; the first columns and rows are those of a
     lower rank."""
     rank = min(kernel.shape[1:])
     return jax.lax.map(lambda w: act.low_rank_factors(w, rank), kernel)
-
-
-# what is kept
 
 
 class _Kept(nnx.Variable):

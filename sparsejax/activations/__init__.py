@@ -35,6 +35,12 @@ from sparsejax.activations.input_sparsity import (
     sparse_inputs,
 )
 from sparsejax.activations.measure import measure_activations
+from sparsejax.activations.model_baselines import (
+    CatsFeedForward,
+    RSparseProduct,
+    cats_model,
+    r_sparse_model,
+)
 from sparsejax.activations.orthogonal_transform import column_orthogonal_transform, fold_norms
 from sparsejax.activations.spark import (
     neuron_major,
@@ -78,8 +84,10 @@ from sparsejax.activations.wina_baselines import (
 
 __all__ = [
     "AdaptiveFactorState",
+    "CatsFeedForward",
     "ExpertPath",
     "InputSetting",
+    "RSparseProduct",
     "RouterNorm",
     "Selector",
     "SparseInputs",
@@ -91,6 +99,7 @@ __all__ = [
     "allocation_at",
     "block_ffn",
     "cats_activation",
+    "cats_model",
     "cats_threshold",
     "chunk_level_sparsity",
     "chunk_sparsification_loss",
@@ -120,6 +129,7 @@ __all__ = [
     "prune_cache",
     "r_sparse_budget",
     "r_sparse_linear",
+    "r_sparse_model",
     "reference_set",
     "relu_mlp",
     "relu_rms_router",

@@ -75,7 +75,7 @@ class SparseInputs(nnx.Module):
         """
         copy: Any = nnx.merge(*nnx.split(self.model))
         if self.gather:
-            for layer in _linear_layers(copy).values():
+            for layer in linear_layers(copy).values():
                 if isinstance(layer.dot_general, _SparseProduct):
                     kernel = layer.kernel[...]
                     layer.dot_general.rows = _Rows(kernel.reshape(-1, kernel.shape[-1]))
@@ -132,12 +132,12 @@ def sparse_inputs(
         given = "neither" if sparsity is None else "both"
         raise ValueError(f"exactly one of sparsity and thresholds is needed, {given} given")
     prefill_positions(1, fraction=fraction)
-    layers = _chosen(model, where)
+    layers = chosen_kernels(model, where)
     c = _norms(layers, criterion, norms)
     name, setting = ("sparsity", sparsity) if thresholds is None else ("thresholds", thresholds)
-    numbers = _per_layer(name, setting, {path: _stack(w) for path, w in layers.items()})
+    numbers = per_layer(name, setting, {path: _stack(w) for path, w in layers.items()})
     copy = nnx.clone(model)
-    for path, layer in _linear_layers(copy).items():
+    for path, layer in linear_layers(copy).items():
         if path not in layers:
             continue
         stack, width = _stack(layers[path]), layers[path].shape[-2]
@@ -186,10 +186,10 @@ def input_histograms(
     >>> {path: int(n.sum()) for path, n in counts.items()}
     {'kernel': 15}
     """
-    layers = _chosen(model, where)
+    layers = chosen_kernels(model, where)
     c = _norms(layers, criterion, norms)
     copy = nnx.clone(model)
-    for path, layer in _linear_layers(copy).items():
+    for path, layer in linear_layers(copy).items():
         if path in layers:
             counts = jnp.zeros((*_stack(layers[path]), _FINITE + 1), jnp.float32)
             layer.dot_general = nnx.data(_CountingProduct(layer.dot_general, c[path], counts))
@@ -229,7 +229,7 @@ def input_thresholds(
     {'kernel': array(2.)}
     """
     wide = {path: np.asarray(counts, np.float64) for path, counts in histograms.items()}
-    shares = _per_layer("sparsity", sparsity, {path: n.shape[:-1] for path, n in wide.items()})
+    shares = per_layer("sparsity", sparsity, {path: n.shape[:-1] for path, n in wide.items()})
     scores = np.arange(_FINITE, dtype=np.uint16).view(np.float16)
     thresholds = {}
     for path, counts in wide.items():
@@ -328,8 +328,12 @@ def _check_contraction(x: Array, kernel: Array, dimension_numbers: Any) -> None:
         )
 
 
-def _linear_layers(model: nnx.Module) -> dict[str, nnx.Linear]:
-    """Every `nnx.Linear`, by the path of its kernel."""
+def linear_layers(model: nnx.Module) -> dict[str, nnx.Linear]:
+    """Every `nnx.Linear`, by the path of its kernel.
+
+    >>> list(linear_layers(nnx.Linear(2, 2, rngs=nnx.Rngs(0))))
+    ['kernel']
+    """
     return {
         "/".join(map(str, (*path, "kernel"))): module
         for path, module in nnx.iter_modules(model)
@@ -337,9 +341,16 @@ def _linear_layers(model: nnx.Module) -> dict[str, nnx.Linear]:
     }
 
 
-def _chosen(model: nnx.Module, where: Where) -> dict[str, Array]:
-    """The kernels of the layers that `where` chooses."""
-    kernels = {path: layer.kernel[...] for path, layer in _linear_layers(model).items()}
+def chosen_kernels(model: nnx.Module, where: Where) -> dict[str, Float[Array, "*stack i o"]]:
+    """The kernels of the layers that `where` chooses, as `sparse_inputs` takes it.
+
+    Raises:
+      ValueError: where chooses nothing.
+
+    >>> chosen_kernels(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), None)["kernel"].shape
+    (2, 3)
+    """
+    kernels = {path: layer.kernel[...] for path, layer in linear_layers(model).items()}
 
     def standard(path: str, kernel: Array) -> bool:
         return default_where(path, kernel) and not path.endswith("head/kernel")
@@ -364,10 +375,20 @@ def _norms(kernels: dict[str, Array], criterion: str, norms: Where) -> dict[str,
     return {path: c if c.ndim else ones[path] for path, c in found.items()}
 
 
-def _per_layer(
+def per_layer(
     name: str, setting: PerLayer | None, stacks: Mapping[str, tuple[int, ...]]
 ) -> dict[str, np.ndarray]:
-    """The numbers of every layer, in the shape of its stack."""
+    """The numbers of every layer, in the shape of its stack.
+
+    Args:
+      name: of the setting, for errors. stacks: the shape of the stack of every layer, by its path.
+
+    Raises:
+      ValueError: a number of another shape, missing for a layer, or for no layer.
+
+    >>> per_layer("sparsity", {"up": 0.5}, {"ffn/up_proj/kernel": (2,)})
+    {'ffn/up_proj/kernel': array([0.5, 0.5])}
+    """
     if not isinstance(setting, Mapping):
         setting = {"": setting}
     used, numbers = set(), {}

@@ -138,7 +138,10 @@ class VisionLanguage(nnx.Module):
     ) -> tuple[Float[Array, "b t outputs"], list[PyTree]]:
         """As `__call__`, and what `watch` makes of each layer."""
         x, positions = self._embedded(patches, tokens, markers)
-        rope, everything = self._rope(positions), jnp.ones(positions.shape, bool)
+        rope, everything = (
+            rope_tables(self.config.decoder, positions),
+            jnp.ones(positions.shape, bool),
+        )
         seen = []
         for i, block in enumerate(self.blocks):
             valid = everything if keep is None else keep | jnp.asarray(i <= after)
@@ -184,7 +187,7 @@ class VisionLanguage(nnx.Module):
         keeps: dict[int, Array] = {}
         for i, block in enumerate(self.blocks):
             visible = self._visible(i, positions, positions, valid)
-            x, layer = block(x, self._rope(positions), visible)
+            x, layer = block(x, rope_tables(self.config.decoder, positions), visible)
             computed.append(((layer.k, layer.v), (positions, valid)))
             if select is not None and i in pruned:
                 neurons[i] = choose_neurons(layer.a, valid, select)
@@ -239,7 +242,7 @@ class VisionLanguage(nnx.Module):
         if is_concrete(end):
             require(int(end) <= room, f"cache has {room} places; tokens would fill {int(end)}.")
         queries = lax.dynamic_slice_in_dim(first.positions, first.end, t, axis=1)
-        x, rope, after = self._text(tokens, markers), self._rope(queries), []
+        x, rope, after = self._text(tokens, markers), rope_tables(self.config.decoder, queries), []
         for i, (block, layer) in enumerate(zip(self.blocks, cache)):
             visible = self._visible(i, queries, layer.positions, layer.valid)
             x, layer = block.decode(x, rope, layer, visible, (core or {}).get(i))
@@ -278,13 +281,6 @@ class VisionLanguage(nnx.Module):
         x = jnp.concatenate([before, image, behind], axis=1)
         positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
         return self._marked(x, markers), positions
-
-    def _rope(self, positions: Int[Array, "b t"]) -> tuple[Array, Array]:
-        decoder = self.config.decoder
-        if self.config.rotary:
-            return rope_tables(decoder, positions)
-        angles = jnp.zeros((1, positions.shape[1], decoder.head_width // 2))
-        return jnp.cos(angles), jnp.sin(angles)
 
     def _visible(
         self,

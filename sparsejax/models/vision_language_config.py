@@ -65,13 +65,13 @@ class VisionLanguageConfig:
     @property
     def decoder(self) -> LlamaConfig:
         """The blocks as those of a `Llama`, with its checks."""
-        return LlamaConfig(
-            **{
-                field.name: getattr(self, field.name)
-                for field in dataclasses.fields(LlamaConfig)
-                if hasattr(self, field.name)
-            }
-        )
+        shared = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(LlamaConfig)
+            if hasattr(self, field.name)
+        }
+        # whose attention rotates nothing where positions are learned
+        return LlamaConfig(**shared, positions="rope" if self.rotary else "learned")
 
     @property
     def head_outputs(self) -> int:

@@ -241,13 +241,13 @@ def test_one_token_at_a_time_gives_the_same_logits(tiny, method):
 
 def test_thresholds_that_drop_nothing_leave_the_model(tiny):
     wanted = call(tiny, TOKENS)
-    cats = products.with_cats(tiny, np.zeros(2))
+    cats = act.cats_model(tiny, 0.0)
     np.testing.assert_allclose(call(cats, TOKENS), wanted, atol=1e-5)
     # what is dropped goes through a product of full rank: nothing is lost at any threshold
     factors = workshop(tiny).factors
-    whole = products.with_r_sparse(tiny, dict.fromkeys(factors, np.full(2, 0.5)), factors)
+    whole = act.r_sparse_model(tiny, 0.5, factors)
     np.testing.assert_allclose(call(whole, TOKENS), wanted, atol=1e-4)
-    none = products.with_cats(tiny, np.full(2, np.inf))
+    none = act.cats_model(tiny, np.full(2, np.inf))
     tiny_off = nnx.clone(tiny)
     tiny_off.blocks.ffn.down_proj.kernel = nnx.Param(0 * tiny.blocks.ffn.down_proj.kernel[...])
     np.testing.assert_allclose(call(none, TOKENS), call(tiny_off, TOKENS), atol=1e-5)
@@ -267,7 +267,7 @@ def test_thresholds_of_gates_drop_their_share(tiny):
     found = methods.count_gates(tiny, windows, [0.3, 0.8])
     dense = [float(x) for x in found[0.3]]
     assert all(0 <= a < b for a, b in zip(dense, found[0.8]))
-    cats = products.with_cats(products.with_counts(tiny), np.asarray(found[0.3]))
+    cats = act.cats_model(products.with_counts(tiny), np.asarray(found[0.3]))
     assert products.kept_weights(cats, TOKENS)[DOWN] == pytest.approx(0.7, abs=0.05)
 
 
