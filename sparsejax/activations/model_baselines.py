@@ -78,8 +78,8 @@ def cats_model(model: Model, thresholds: PerLayer, *, decoding: bool = False) ->
         once more, neuron by neuron.
 
     Raises:
-      ValueError: no gated layer, one with biases, a threshold that is negative or not a number, of another shape
-        than the stacked layers, missing for a layer, or for none.
+      ValueError: no gated layer, one with biases, a threshold that is negative or not a number, of
+        another shape than the stacked layers, missing for a layer, or for none.
 
     Source: CATS (2024, arXiv 2404.08763).
 
