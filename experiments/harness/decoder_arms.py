@@ -240,16 +240,15 @@ class _Trainer:
     """Compiled functions of an arm, shared by its seeds and learning rates."""
 
     def __init__(self, config: DecoderConfig, arm: Arm, mesh: Mesh | None):
-        self._arm, self._config, self._mesh = arm, config, mesh
+        self._arm, self._config = arm, config
         self._graph = nnx.split(nnx.eval_shape(lambda: Llama(arm.model, rngs=nnx.Rngs(0))))[0]
-        self._init = jax.jit(self._initial)
-        self._outputs = None
+        layout = None
         if mesh is not None:
             state = jax.eval_shape(self._initial, jax.random.key(0), 0.0)
             specs = dict(sj.named_leaves(param_specs(state["params"])))
-            self._outputs = state_shardings(state, specs, mesh)
-            self._init = jax.jit(self._initial, out_shardings=self._outputs)
-        outputs = None if mesh is None else (self._outputs, None)
+            layout = state_shardings(state, specs, mesh)
+        self._init = jax.jit(self._initial, out_shardings=layout)
+        outputs = None if layout is None else (layout, None)
         self.step = jax.jit(self._step, out_shardings=outputs, donate_argnums=0)
         self._evaluate = jax.jit(self._measured)
 
@@ -319,7 +318,7 @@ def check_decoder(config: DecoderConfig, arm: Arm) -> list[str]:
 
     Returns lines that say what was built.
     """
-    trainer = _Trainer(dataclasses.replace(config, mesh=None), arm, None)
+    trainer = _Trainer(config, arm, None)
     state = jax.eval_shape(trainer.init, 0, 0.1)
     windows = jax.ShapeDtypeStruct((config.batch, config.seq_len + 1), jnp.int32)
     after, found = jax.eval_shape(trainer.step, state, windows)
