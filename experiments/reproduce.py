@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.harness.config import is_of
 from experiments.harness.registry import last_summaries, list_experiments
 from experiments.harness.run import write_atomic, write_json
 
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.kept.mkdir(parents=True, exist_ok=True)
     for slug in entries:
         for preset, summary in last_summaries(options.out, slug).items():
-            if preset != "test" or options.preset == "test":
+            if not is_of(preset, "test") or options.preset == "test":
                 kept = {name: summary[name] for name in KEPT if name in summary}
                 write_json(options.kept / f"{slug}.{preset}.json", kept)
     files = sorted(options.kept.glob("*.json"))

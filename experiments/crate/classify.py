@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree
 from experiments.crate.config import SLUG, ClassifyConfig
 from experiments.crate.figures import draw_attention, make_card
 from experiments.crate.measures import first_images, over_batches, share_images, unnormalised
+from experiments.crate.training import size_of
 from experiments.harness.abstract_training import check_backbone
 from experiments.harness.arms import (
     Found,
@@ -103,7 +104,7 @@ def measurer(config: ClassifyConfig) -> Callable[[str, dict[str, Any], ImageData
 
     def measure(arm: str, state: dict[str, Any], data: ImageData) -> dict[str, Any]:
         params = state["params"]
-        found: dict[str, Any] = {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params))}
+        found: dict[str, Any] = {"parameters": size_of(params)}
         if arm != "crate":
             return found
         init, layers, maps = compiled(data.side, data.channels, data.classes)

@@ -10,6 +10,8 @@ from experiments.harness.images import TRANSFORMER, ImageConfig
 from sparsejax.models import CrateImageConfig, crate_config
 
 SLUG = "crate"
+VARIANTS = ("classify", "mae", "dino", "gpt", "bert")
+DATASET = "c4/en"  # of the paper presets of text; OpenWebText is none of TFDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +125,7 @@ class ClassifyConfig(ImagesConfig):
 
 @dataclasses.dataclass(frozen=True)
 class MaeConfig(ImagesConfig):
-    """Settings of `python -m experiments.crate --preset mae`."""
+    """Settings of `python -m experiments.crate --variant mae`."""
 
     preset: str = "mae"
     """The set of defaults."""
@@ -150,7 +152,7 @@ class MaeConfig(ImagesConfig):
 
 @dataclasses.dataclass(frozen=True)
 class DinoConfig(ImagesConfig):
-    """Settings of `python -m experiments.crate --preset dino`."""
+    """Settings of `python -m experiments.crate --variant dino`."""
 
     preset: str = "dino"
     """The set of defaults."""
@@ -212,7 +214,7 @@ class DinoConfig(ImagesConfig):
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig(DecoderConfig):
-    """Settings of `python -m experiments.crate --preset gpt`, and of `--preset bert`."""
+    """Settings of `python -m experiments.crate --variant gpt`, and of `--variant bert`."""
 
     preset: str = "gpt"
     """The set of defaults."""
@@ -263,12 +265,26 @@ def check_counts(config: ImagesConfig, *names: str) -> None:
     digits.check_settings(config, positive=names, one_device=False, examples=None)
 
 
+_TEST = {"seeds": 1, "d_model": 8, "layers": 1, "heads": 2, "learning_rates": (3e-3,)}
+_TEST_IMAGES = {**_TEST, "epochs": 2, "warmup_epochs": 1, "batch": 256, "measured": 100, "shown": 2}
+_TEST_TEXT = {**_TEST, "batch": 8, "seq_len": 16, "steps": 12, "warmup": 2, "eval_windows": 70}
+_NAMED = {"d_model": None, "layers": None, "heads": None, "resplit": 0}  # sizes by the model's name
+_LONG = {"dtype": "bfloat16", "log_every": 100, "checkpoint_every": 5000}
+_TEXT = {
+    "dataset": DATASET,
+    "d_model": 768,
+    "layers": 12,
+    "heads": 12,
+    "batch": 384,
+    "seq_len": 1024,
+    "steps": 600_000,
+    "warmup": 2000,
+    "learning_rates": (6e-4,),
+    **_LONG,
+}
+
 PRESETS = {
     "laptop": ClassifyConfig(),
-    "mae": MaeConfig(),
-    "dino": DinoConfig(),
-    "gpt": TextConfig(),
-    "bert": TextConfig(preset="bert", objective="masked", alpha_width=0),
     "test": ClassifyConfig(
         preset="test",
         seeds=2,
@@ -288,10 +304,6 @@ PRESETS = {
         preset="paper",
         dataset="imagenet2012",
         model="crate_base_patch16",
-        d_model=None,
-        layers=None,
-        heads=None,
-        resplit=0,
         epochs=150,
         batch=2048,
         warmup_epochs=5,
@@ -299,8 +311,64 @@ PRESETS = {
         learning_rates=(2.4e-4,),
         weight_decay=0.5,
         augment="crop_flip",
-        dtype="bfloat16",
-        log_every=100,
-        checkpoint_every=5000,
+        **_NAMED,
+        **_LONG,
+    ),
+    "mae": MaeConfig(),
+    "mae_test": MaeConfig(preset="mae_test", **_TEST_IMAGES),
+    "mae_paper": MaeConfig(
+        preset="mae_paper",
+        dataset="imagenet2012",
+        model="crate_base_patch16",
+        epochs=800,
+        batch=4096,
+        warmup_epochs=40,
+        learning_rates=(3e-5,),
+        weight_decay=0.1,
+        augment="crop_flip",
+        **_NAMED,
+        **_LONG,
+    ),
+    "dino": DinoConfig(),
+    "dino_test": DinoConfig(
+        preset="dino_test",
+        hidden=8,
+        bottleneck=4,
+        prototypes=16,
+        local_views=1,
+        **_TEST_IMAGES,
+    ),
+    # the recipe of Caron et al. for a small transformer
+    "dino_paper": DinoConfig(
+        preset="dino_paper",
+        dataset="imagenet2012",
+        model="crate_small_patch16",
+        epochs=100,
+        batch=1024,
+        warmup_epochs=10,
+        learning_rates=(2e-3,),
+        hidden=2048,
+        bottleneck=256,
+        prototypes=65_536,
+        local_views=8,
+        global_zoom=(0.5, 1.0),
+        local_zoom=(0.22, 0.5),
+        rotation=0.0,
+        jitter=0.4,
+        teacher_temperature=0.04,
+        student_temperature=0.1,
+        teacher_momentum=0.996,
+        center_momentum=0.9,
+        neighbours=20,
+        **_NAMED,
+        **_LONG,
+    ),
+    "gpt": TextConfig(),
+    "gpt_test": TextConfig(preset="gpt_test", alpha_width=0, **_TEST_TEXT),
+    "gpt_paper": TextConfig(preset="gpt_paper", **_TEXT),
+    "bert": TextConfig(preset="bert", objective="masked", alpha_width=0),
+    "bert_test": TextConfig(preset="bert_test", objective="masked", alpha_width=0, **_TEST_TEXT),
+    "bert_paper": TextConfig(
+        preset="bert_paper", objective="masked", alpha_width=0, **{**_TEXT, "seq_len": 512}
     ),
 }

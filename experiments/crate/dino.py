@@ -21,7 +21,7 @@ from experiments.crate.measures import (
     share_images,
     unnormalised,
 )
-from experiments.crate.training import Objective, image_trainer
+from experiments.crate.training import Objective, check_images, image_trainer
 from experiments.harness.arms import Found, as_metrics, best_rate, mean, print_table, run_arms
 from experiments.harness.config import Claim, Result
 from experiments.harness.data.images import ImageData, load_images
@@ -176,6 +176,16 @@ def trainer(
 
     goal = functools.partial(objective, config, network, data)
     return image_trainer(run, config, data, goal, measure)
+
+
+def check_dino(config: DinoConfig) -> list[str]:
+    """Traces a training step of the paper's setting; nothing if it can run."""
+
+    def goal(data: ImageData, steps: int) -> Objective:
+        sizes = config.crate(side=data.side, channels=data.channels, classes=config.hidden)
+        return objective(config, make_network(config, sizes), data, steps)
+
+    return check_images(config, goal)
 
 
 def measured(

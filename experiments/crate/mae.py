@@ -21,7 +21,7 @@ from experiments.crate.measures import (
     share_images,
     unnormalised,
 )
-from experiments.crate.training import Objective, image_trainer
+from experiments.crate.training import Objective, check_images, image_trainer, size_of
 from experiments.harness.arms import (
     Found,
     arms_table,
@@ -173,6 +173,16 @@ def trainer(
     return image_trainer(run, config, data, lambda steps: goal, measure)
 
 
+def check_mae(config: MaeConfig) -> list[str]:
+    """Traces a training step of the paper's setting; nothing if it can run."""
+
+    def goal(data: ImageData, steps: int) -> Objective:
+        sizes = config.crate(side=data.side, channels=data.channels)
+        return objective(config, make_autoencoder(config, sizes), data, sizes.patches)
+
+    return check_images(config, goal)
+
+
 def objective(config: MaeConfig, model: Autoencoder, data: ImageData, patches: int) -> Objective:
     """The mean square of the removed patches, drawn anew for each batch."""
 
@@ -198,7 +208,7 @@ def measured(
     )
     errors = over_batches(functools.partial(model.errors, params), test, noise)
     found: dict[str, Any] = {
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "parameters": size_of(params),
         "test_loss": float(errors.mean()),
         **{k: float(v.mean()) for k, v in over_batches(guess, test, noise).items()},
     }

@@ -12,10 +12,10 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from experiments.crate.config import SLUG, TextConfig
+from experiments.crate.config import DATASET, SLUG, TextConfig
 from experiments.crate.figures import make_card
 from experiments.crate.measures import over_batches
-from experiments.crate.training import Objective, compile_training, host_batch
+from experiments.crate.training import Objective, compile_training, host_batch, size_of, traced
 from experiments.harness.arms import (
     Found,
     arms_table,
@@ -26,7 +26,13 @@ from experiments.harness.arms import (
     run_arms,
 )
 from experiments.harness.config import Claim, ExperimentError, Result
-from experiments.harness.data import TokenizedText, validation_windows, window_batches
+from experiments.harness.data import (
+    DatasetError,
+    TokenizedText,
+    open_builder,
+    validation_windows,
+    window_batches,
+)
 from experiments.harness.decoder_arms import load_text
 from experiments.harness.plots import draw_curves, new_figure, save
 from experiments.harness.progress import mean_and_deviation
@@ -118,7 +124,7 @@ def vocabulary(config: TextConfig) -> int:
 def parameters_of(build: Build) -> int:
     """How many numbers a model is."""
     model = nnx.eval_shape(lambda: build(jax.random.key(0)))
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+    return size_of(nnx.state(model))
 
 
 def labels_of(config: TextConfig, arms: Mapping[str, Build]) -> dict[str, str]:
@@ -247,6 +253,32 @@ def run_text(config: TextConfig, run: Run) -> Result:
     metrics = {"arms": as_metrics(found, curves=("curve",)), "unigram": unigram}
     claims = make_claims(config, found, unigram)
     return Result(claims, make_card(config, budget), metrics, (table,))
+
+
+def check_text(config: TextConfig) -> list[str]:
+    """Traces a training step of every arm; nothing if the text is there.
+
+    Raises ExperimentError for a dataset that is not the paper's and not there.
+    """
+    try:
+        open_builder(config.dataset)
+        return []
+    except DatasetError as error:
+        if config.dataset != DATASET:
+            raise ExperimentError(str(error)) from error
+        missing = str(error)
+    arms = arms_of(config)
+    windows = jax.ShapeDtypeStruct((config.batch, config.seq_len + 1), jnp.int32)
+    built = []
+    for arm, label in labels_of(config, arms).items():
+        goal = objective(config, arms[arm])
+        state = traced(goal, functools.partial(optimizer, config), windows)
+        built.append(f"{label}: {size_of(state['params']):,} parameters, one training step traced")
+    setting = (
+        f"paper setting: {config.preset}, {config.layers} blocks of width {config.d_model}, "
+        f"{config.steps:,} steps of {config.batch} x {config.seq_len} bytes of {config.dataset}"
+    )
+    return [setting, *built, f"checked abstractly: {missing}"]
 
 
 def make_claims(config: TextConfig, found: Found, unigram: float) -> tuple[Claim, ...]:

@@ -11,6 +11,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from experiments.crate.config import SLUG, ImagesConfig
 from experiments.crate.measures import share_images
+from experiments.harness.abstract_training import abstract_images, missing_images
 from experiments.harness.config import ExperimentError
 from experiments.harness.data.images import ImageData
 from experiments.harness.images import learning_rate, make_optimizer
@@ -92,6 +93,45 @@ def compile_training(
         jax.jit(plain.init, out_shardings=layout),
         jax.jit(plain.step, donate_argnums=0, out_shardings=outputs),
     )
+
+
+def traced(
+    objective: Objective, optimizer: Callable[[Array], optax.GradientTransformation], batch: PyTree
+) -> dict[str, Any]:
+    """The state after a training step, as shapes; nothing is computed."""
+    training = make_training(objective, optimizer)
+    state = jax.eval_shape(training.init, 0, 0.1)
+    return jax.eval_shape(training.step, state, batch)[0]
+
+
+def check_images(
+    config: ImagesConfig, objective: Callable[[ImageData, int], Objective]
+) -> list[str]:
+    """What a preset of a paper says: a step of its training is traced; nothing if it can run.
+
+    objective: images, steps in all -> what is learned.
+    """
+    missing = missing_images(config)
+    if missing is None:
+        return []
+    data = abstract_images(config)
+    per_epoch, side = data.examples // config.batch, data.side
+    state = traced(
+        objective(data, config.epochs * per_epoch),
+        lambda peak: make_optimizer(config, learning_rate(config, per_epoch, peak)),
+        {"image": jax.ShapeDtypeStruct((config.batch, side, side, data.channels), jnp.uint8)},
+    )
+    setting = (
+        f"paper setting: {config.preset} of {config.model} on {config.dataset}, "
+        f"{size_of(state['params']):,} parameters, {config.epochs} epochs of {per_epoch:,} steps "
+        f"with {config.batch} images of {side} x {side}"
+    )
+    return [setting, "one training step traced", f"checked abstractly: {missing}"]
+
+
+def size_of(params: PyTree) -> int:
+    """How many numbers they are."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def host_batch(batch: int, examples: int) -> int:

@@ -5,12 +5,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import PyTree
 
 from experiments.harness.config import ExperimentError
 from experiments.harness.data import DatasetError, open_builder
+from experiments.harness.data.images import ImageData
 from experiments.harness.images import ImageConfig, Method, build_backbone, make_trainer
 
 PAPER_SIDE = {"imagenet2012": 224, "cifar10": 32, "cifar100": 32, "oxford_flowers102": 224,
@@ -61,6 +63,30 @@ def trace_step(config: ImageConfig, transform: Transform, **changes: Any) -> Tra
     return _traced(config, Method(build=_builder(config, **changes), transform=transform))
 
 
+def missing_images(config: ImageConfig) -> str | None:
+    """Why the dataset of a paper is not there, or None where it is.
+
+    Raises ExperimentError for another dataset that is not there.
+    """
+    try:
+        open_builder(config.dataset)
+        return None
+    except DatasetError as error:
+        if config.dataset not in PAPER_SIDE:
+            raise ExperimentError(str(error)) from error
+        return str(error)
+
+
+def abstract_images(config: ImageConfig) -> ImageData:
+    """A paper's dataset without its images."""
+    name = config.dataset
+    mean, deviation = np.full(3, 0.5), np.full(3, 0.25)
+    return ImageData(
+        name, PAPER_CLASSES[name], paper_side(config), 3, (), (), PAPER_IMAGES[name], False, mean,
+        deviation,
+    )  # fmt: skip
+
+
 def check_backbone(
     config: ImageConfig,
     method: Callable[[Callable[..., nnx.Module]], Method],
@@ -76,13 +102,9 @@ def check_backbone(
     Returns:
       Lines to print; none if the dataset is there, so that the run can start.
     """
-    try:
-        open_builder(config.dataset)
+    missing = missing_images(config)
+    if missing is None:
         return []
-    except DatasetError as error:
-        missing = str(error)
-    if config.dataset not in PAPER_SIDE:
-        raise ExperimentError(missing)
     plan = method(_builder(config))
     model = nnx.eval_shape(lambda: plan.build(nnx.Rngs(0)))
     traced = _traced(config, plan)
@@ -101,7 +123,7 @@ def check_backbone(
 
 
 def _traced(config: ImageConfig, method: Method) -> TracedStep:
-    side, batch = _side(config), config.batch
+    side, batch = paper_side(config), config.batch
     trainer = make_trainer(
         config,
         method,
@@ -116,10 +138,11 @@ def _traced(config: ImageConfig, method: Method) -> TracedStep:
     return TracedStep(after["params"], after["opt"], side)
 
 
-def _side(config: ImageConfig) -> int:
+def paper_side(config: ImageConfig) -> int:
+    """Of the images that are trained on."""
     return config.image_size or PAPER_SIDE[config.dataset]
 
 
 def _builder(config: ImageConfig, **changes: Any) -> Callable[..., nnx.Module]:
-    sizes = {"classes": PAPER_CLASSES[config.dataset], "side": _side(config), "channels": 3}
+    sizes = {"classes": PAPER_CLASSES[config.dataset], "side": paper_side(config), "channels": 3}
     return lambda rngs, **more: build_backbone(config, rngs=rngs, **sizes, **changes, **more)

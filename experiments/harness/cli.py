@@ -37,7 +37,8 @@ def parse(experiment: Experiment, arguments: Sequence[str]) -> Any:
     """Settings from command-line arguments.
 
     `--preset NAME` chooses the defaults, without it `--model` does: `pretrained` for a model that
-    is loaded, else `laptop`. `--resume DIR` takes the settings of that run.
+    is loaded, else `laptop`. `--variant NAME` chooses among an experiment's variants, each with
+    presets of its own. `--resume DIR` takes the settings of that run.
 
     Raises:
       ExperimentError: in one line, an unknown flag (with the likely one), a bad value or preset.
@@ -51,6 +52,10 @@ def parse(experiment: Experiment, arguments: Sequence[str]) -> Any:
         values = read_config(folder / "config.json")
         arguments = as_arguments({**values, "resume": str(folder)})
     name = _value_of(arguments, "--preset") or _default_preset(experiment, arguments)
+    description = experiment.paper
+    if experiment.variants:
+        name, arguments = _of_variant(experiment, name, arguments)
+        description += f"\n\n--variant chooses what is trained: {', '.join(experiment.variants)}."
     if name not in experiment.presets:
         known = ", ".join(experiment.presets)
         raise ExperimentError(f"preset is {name!r}; {experiment.slug} has {known}")
@@ -65,7 +70,7 @@ def parse(experiment: Experiment, arguments: Sequence[str]) -> Any:
                 default=default,
                 args=arguments,
                 prog=f"python -m experiments.{experiment.slug}",
-                description=experiment.paper,
+                description=description,
             )
     except SystemExit as stop:
         if stop.code in (0, None):
@@ -80,6 +85,22 @@ def _default_preset(experiment: Experiment, arguments: Sequence[str]) -> str:
     return "pretrained" if loaded else "laptop"
 
 
+def _of_variant(
+    experiment: Experiment, preset: str, arguments: Sequence[str]
+) -> tuple[str, list[str]]:
+    """The name of a variant's preset, and the arguments with that instead of both flags."""
+    variant = _value_of(arguments, "--variant")
+    if variant is None:
+        return preset, list(arguments)
+    if variant not in experiment.variants:
+        known = ", ".join(experiment.variants)
+        raise ExperimentError(f"variant is {variant!r}; {experiment.slug} has {known}")
+    if variant != experiment.variants[0]:
+        preset = variant if preset == "laptop" else f"{variant}_{preset}"
+    kept = _without(_without(arguments, "--variant"), "--preset")
+    return preset, [*kept, "--preset", preset]
+
+
 def one_line(error: Exception) -> str:
     """The message of an error on one line."""
     return " ".join(str(error).split()) or type(error).__name__
@@ -92,6 +113,15 @@ def _value_of(arguments: Sequence[str], flag: str) -> str | None:
         if argument.startswith(flag + "="):
             return argument.split("=", 1)[1]
     return None
+
+
+def _without(arguments: Sequence[str], flag: str) -> list[str]:
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument != flag and not argument.startswith(flag + "="):
+            kept.append(argument)
+        skip = argument == flag
+    return kept
 
 
 def _condense(text: str) -> str:

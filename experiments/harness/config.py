@@ -115,6 +115,9 @@ class Experiment:
       presets: settings by name. run: does the work, given settings and a run folder.
       check: what `--preset paper` does where the setting cannot be run yet: builds everything
         abstractly and returns lines to print, or none where nothing is in the way. None runs it.
+      variants: what `--variant` may name, where one experiment trains different things. Presets of
+        the first have plain names; of another one, `NAME` is its laptop preset and `NAME_test` its
+        preset `test`.
     """
 
     slug: str
@@ -122,6 +125,12 @@ class Experiment:
     presets: Mapping[str, Any]
     run: Callable[[Any, Any], Result]
     check: Callable[[Any], list[str]] | None = None
+    variants: tuple[str, ...] = ()
+
+
+def is_of(preset: str, kind: str) -> bool:
+    """Whether a preset is of a kind, as `paper` and the `mae_paper` of a variant are `paper`."""
+    return preset == kind or preset.endswith(f"_{kind}")
 
 
 def as_json(config: RunConfig) -> dict[str, Any]:

@@ -18,7 +18,14 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from experiments.harness.config import Experiment, ExperimentError, Result, RunConfig, as_json
+from experiments.harness.config import (
+    Experiment,
+    ExperimentError,
+    Result,
+    RunConfig,
+    as_json,
+    is_of,
+)
 from experiments.harness.sharding import initialize_hosts
 
 ELAPSED = "elapsed.json"
@@ -107,7 +114,7 @@ def execute(experiment: Experiment, config: Any) -> Result | None:
       InterruptedRunError: after Ctrl-C, with how to resume.
     """
     initialize_hosts(config)
-    if config.preset == "paper" and experiment.check is not None:
+    if is_of(config.preset, "paper") and experiment.check is not None:
         lines = experiment.check(config)
         for line in lines:
             Console(highlight=False).print(line, soft_wrap=True, markup=False)

@@ -18,15 +18,6 @@ from experiments.harness.run import execute
 from sparsejax.coding import masked_patch_loss, patchify, random_keep
 
 TEST = PRESETS["test"]
-SMALL = {"seeds": 1, "d_model": 8, "layers": 1, "heads": 2, "learning_rates": (3e-3,)}
-IMAGES = {**SMALL, "epochs": 2, "warmup_epochs": 1, "batch": 256, "measured": 100, "shown": 2}
-TEXT = {**SMALL, "batch": 8, "seq_len": 16, "steps": 12, "warmup": 2, "eval_windows": 70}
-SMALL_OF = {
-    "mae": IMAGES,
-    "dino": {**IMAGES, "hidden": 8, "bottleneck": 4, "prototypes": 16, "local_views": 1},
-    "gpt": {**TEXT, "alpha_width": 0},
-    "bert": TEXT,
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,8 +28,8 @@ def datasets(tmp_path_factory):
         yield
 
 
-def small(variant, **changes):
-    return dataclasses.replace(PRESETS[variant], **SMALL_OF[variant], **changes)
+def quick(variant):
+    return ["--variant", variant, "--preset", "test"]
 
 
 def summary_of(out):
@@ -93,11 +84,11 @@ def test_classifiers_and_their_resumption(tmp_path, capsys):
     ],
 )
 def test_the_other_variants_and_their_resumption(variant, figures, tmp_path):
-    execute(EXPERIMENT, small(variant, out=str(tmp_path)))
+    execute(EXPERIMENT, cli.parse(EXPERIMENT, [*quick(variant), "--out", str(tmp_path)]))
     folder, summary = summary_of(tmp_path)
     for name in figures:
         assert (folder / f"{name}.png").stat().st_size > 5000
-    assert summary["preset"] == variant
+    assert summary["preset"] == f"{variant}_test"
     assert len(summary["claims"]) == {"mae": 2, "dino": 2, "gpt": 3}[variant]
     metrics = summary["metrics"]
     if variant == "gpt":
@@ -205,7 +196,7 @@ def test_views_are_crops():
 
 
 def test_the_teacher_follows_the_student():
-    config = small("dino")
+    config = PRESETS["dino_test"]
     data = load_images("small_digits")
     sizes = config.crate(side=8, channels=1, classes=config.hidden)
     goal = dino.objective(config, dino.make_network(config, sizes), data, steps=10)
@@ -238,7 +229,7 @@ def test_masked_bytes_are_hidden_and_count_alone():
 
 @pytest.mark.parametrize("variant", ["gpt", "bert"])
 def test_what_text_models_see(variant):
-    config = small(variant)
+    config = PRESETS[f"{variant}_test"]
     arms = text.arms_of(dataclasses.replace(config, alpha_width=4 * (variant == "gpt")))
     wide = {"crate", "wide"} | ({"crate_alpha"} if variant == "gpt" else set())
     assert set(arms) - {"small"} == wide
@@ -313,8 +304,48 @@ def test_the_paper_setting_is_checked_as_far_as_it_can_be_built(capsys):
 
 
 @pytest.mark.parametrize(
-    ("variant", "arguments", "message"),
+    ("variant", "pieces"),
     [
+        ("mae", ["crate_base_patch16 on imagenet2012, 43,745,280 parameters, 800 epochs of 312"]),
+        ("dino", ["crate_small_patch16 on imagenet2012", "100 epochs of 1,251 steps with 1024"]),
+        ("gpt", ["600,000 steps of 384 x 1024 bytes of c4/en", "CRATE: 22,255,104 parameters",
+                 "CRATE-alpha: 71,800,320", "GPT, equal parameters: 21,785,856"]),
+        ("bert", ["12 blocks of width 768", "transformer, equal width: 85,646,592 parameters"]),
+    ],
+)  # fmt: skip
+def test_a_step_of_every_variant_is_traced_at_full_size(variant, pieces, capsys):
+    config = cli.parse(EXPERIMENT, ["--variant", variant, "--preset", "paper"])
+    assert execute(EXPERIMENT, config) is None
+    printed = capsys.readouterr().out
+    for piece in (*pieces, "one training step traced", "checked abstractly: dataset"):
+        assert piece in printed
+
+
+def test_a_variant_has_presets_of_its_own():
+    for arguments, preset in (
+        ([], "laptop"),
+        (["--variant", "classify"], "laptop"),
+        (["--variant", "mae"], "mae"),
+        (["--variant=mae", "--seeds", "2"], "mae"),
+        (["--preset", "mae"], "mae"),
+        (["--preset", "test", "--variant", "classify"], "test"),
+        (["--preset=test", "--variant=dino"], "dino_test"),
+    ):
+        assert cli.parse(EXPERIMENT, arguments).preset == preset
+    config = cli.parse(EXPERIMENT, ["--variant=mae", "--seeds", "2"])
+    assert config == dataclasses.replace(PRESETS["mae"], seeds=2)
+    assert [PRESETS[name].preset for name in PRESETS] == list(PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("preset", "arguments", "message"),
+    [
+        (
+            "test",
+            ["--variant", "gan"],
+            "variant is 'gan'; crate has classify, mae, dino, gpt, bert",
+        ),
+        ("mae", ["--variant", "dino"], "preset is 'dino_mae'; crate has laptop, test, paper, mae"),
         ("test", ["--model", "resnet20"], "model is 'resnet20'; it must be crate_SIZE_patchN"),
         ("test", ["--model", "crate_huge_patch2"], "model is 'crate_huge_patch2'; known are mlp"),
         ("test", ["--model", "crate_tiny_patch3"], "model crate_tiny_patch3: "),
@@ -342,9 +373,9 @@ def test_the_paper_setting_is_checked_as_far_as_it_can_be_built(capsys):
         ("bert", ["--masked", "1"], "masked is 1.0; it must be between 0 and 1"),
     ],
 )
-def test_bad_input_is_one_clear_line(variant, arguments, message, tmp_path, capsys):
+def test_bad_input_is_one_clear_line(preset, arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(EXPERIMENT, ["--preset", variant, "--out", str(tmp_path), *arguments])
+        cli.main(EXPERIMENT, ["--preset", preset, "--out", str(tmp_path), *arguments])
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert error.startswith("error: ")
