@@ -162,7 +162,7 @@ class DinoConfig(ImagesConfig):
     """Passes over the training images."""
     weight_decay: float = 0.04
     """Of every parameter."""
-    learning_rates: tuple[float, ...] = (1e-3, 3e-4)
+    learning_rates: tuple[float, ...] = (3e-3, 1e-2)
     """Peak learning rates; shown is the best one by the neighbours of the test images."""
     hidden: int = 128
     """Width of the projection head."""
@@ -174,17 +174,20 @@ class DinoConfig(ImagesConfig):
     """Small crops of an image beside its two large ones, enlarged to the same size."""
     global_zoom: tuple[float, float] = (0.8, 1.15)
     """Sides of the large crops, over that of the image."""
-    local_zoom: tuple[float, float] = (0.5, 0.75)
+    local_zoom: tuple[float, float] = (0.7, 0.9)
     """Sides of the small crops."""
-    rotation: float = 0.2
+    rotation: float = 0.3
     """Largest rotation of a view, in radians."""
     jitter: float = 0.2
     """Largest change of a view's contrast, as a share."""
-    teacher_temperature: float = 0.04
+    balance: Literal["sinkhorn", "center"] = "sinkhorn"
+    """What keeps the teacher from saying always the same: assignments that are made balanced in
+    each batch, or as Caron et al. a running centre, which wants large batches."""
+    teacher_temperature: float = 0.02
     """Of the teacher's outputs."""
     student_temperature: float = 0.1
     """Of the student's."""
-    teacher_momentum: float = 0.99
+    teacher_momentum: float = 0.9
     """Share of itself that the teacher keeps in a step, at first; it rises to 1 along a cosine."""
     center_momentum: float = 0.9
     """Share of itself that the centre keeps in a step."""
@@ -355,6 +358,7 @@ PRESETS = {
         local_zoom=(0.22, 0.5),
         rotation=0.0,
         jitter=0.4,
+        balance="center",
         teacher_temperature=0.04,
         student_temperature=0.1,
         teacher_momentum=0.996,

@@ -27,7 +27,13 @@ from experiments.harness.config import Claim, Result
 from experiments.harness.data.images import ImageData, load_images
 from experiments.harness.progress import mean_and_deviation
 from experiments.harness.run import Run
-from sparsejax.coding import dino_loss, update_center, update_teacher
+from sparsejax.coding import (
+    centered_targets,
+    dino_loss,
+    sinkhorn_targets,
+    update_center,
+    update_teacher,
+)
 from sparsejax.models import CrateClassifier, CrateImageConfig, class_attention
 
 GLOBAL_VIEWS = 2
@@ -145,13 +151,12 @@ def objective(config: DinoConfig, network: Network, data: ImageData, steps: int)
     def loss(params: PyTree, memory: PyTree, batch: Any, key: PRNGKeyArray) -> tuple[Array, PyTree]:
         views = make_views(key, normalised(batch["image"], data), config)
         teacher = all_logits(memory["teacher"], views[:GLOBAL_VIEWS])
-        value = dino_loss(
-            all_logits(params, views),
-            teacher,
-            memory["center"],
-            student_temperature=config.student_temperature,
-            teacher_temperature=config.teacher_temperature,
-        )
+        student, own = all_logits(params, views), config.teacher_temperature
+        if config.balance == "center":
+            targets = centered_targets(teacher, memory["center"], temperature=own)
+        else:
+            targets = sinkhorn_targets(teacher, temperature=own)
+        value = dino_loss(student, targets, temperature=config.student_temperature)
         center = update_center(memory["center"], teacher, momentum=config.center_momentum)
         return value, {**memory, "center": center}
 
@@ -191,8 +196,10 @@ def check_dino(config: DinoConfig) -> list[str]:
 def measured(
     config: DinoConfig, network: Network, memory: PyTree, data: ImageData, seed: int
 ) -> dict[str, Any]:
-    """What the teacher's features are worth, how evenly it uses its prototypes, and its attention.
+    """What the teacher's features are worth, what it tells apart, and its attention.
 
+    `told_apart` is exp of the information that the assignment to a prototype holds about the image:
+    1 for a teacher that says the same of all, be it one prototype or none in particular.
     `test_loss` is the share of test images whose neighbours are wrong: losses of different learning
     rates cannot be compared, for each has a teacher of its own.
     """
@@ -201,15 +208,19 @@ def measured(
     features = {name: functools.partial(network.features, p) for name, p in weights.items()}
     found: dict[str, Any] = dict(feature_accuracies(config, data, features))
     test, _ = first_images(data, config.measured)
-    logits = over_batches(functools.partial(network.logits, params), test) - memory["center"]
-    shares = np.asarray(jax.nn.softmax(logits / config.teacher_temperature, axis=-1)).mean(0)
-    entropy = -np.sum(shares * np.log(np.maximum(shares, 1e-30)))
+    logits = over_batches(functools.partial(network.logits, params), test)
+    said = np.asarray(jax.nn.softmax((logits - logits.mean(0)) / config.teacher_temperature, -1))
     attention = np.asarray(network.attention(params, jnp.asarray(test[: config.shown])), float)
     return found | {
         "test_loss": 1 - found["neighbours_trained"] / 100,
-        "used_prototypes": float(np.exp(entropy)),
+        "told_apart": float(np.exp(entropy(said.mean(0)) - entropy(said).mean())),
         "attention": attention.round(4).tolist(),
     }
+
+
+def entropy(shares: Float[np.ndarray, "*b k"]) -> Float[np.ndarray, "*b"]:
+    """In nats."""
+    return -np.sum(shares * np.log(np.maximum(shares, 1e-30)), axis=-1)
 
 
 def run_dino(config: DinoConfig, run: Run) -> Result:
@@ -234,7 +245,7 @@ def make_claims(config: DinoConfig, found: Found) -> tuple[Claim, ...]:
     """Features against those of random weights, and that the teacher says different things."""
     best = best_rate(found["dino"])[1]
     ours, theirs = best["neighbours_trained"], best["neighbours_random"]
-    used = best["used_prototypes"]
+    apart = best["told_apart"]
     return (
         Claim(
             "without labels CRATE learns features whose nearest neighbours beat those of random "
@@ -246,9 +257,10 @@ def make_claims(config: DinoConfig, found: Found) -> tuple[Claim, ...]:
             config.seeds,
         ),
         Claim(
-            "the teacher does not collapse: it uses as many prototypes as there are digits",
-            min(used) >= 10,
-            f"{mean_and_deviation(used, 1)} of {config.prototypes}",
+            "the teacher does not collapse: it tells apart as many groups of images as there are "
+            "digits",
+            min(apart) >= 10,
+            f"{mean_and_deviation(apart, 1)} of {config.prototypes}",
             "10",
             config.seeds,
         ),

@@ -50,7 +50,13 @@ from sparsejax.coding.receptive_fields import (
     spectral_whiten,
     whiten,
 )
-from sparsejax.coding.self_distillation import dino_loss, update_center, update_teacher
+from sparsejax.coding.self_distillation import (
+    centered_targets,
+    dino_loss,
+    sinkhorn_targets,
+    update_center,
+    update_teacher,
+)
 from sparsejax.coding.solvers import (
     Operators,
     Trace,
@@ -70,6 +76,7 @@ __all__ = [
     "Operators",
     "Trace",
     "attention_maps",
+    "centered_targets",
     "check_dictionary",
     "circular_window",
     "coding_rate",
@@ -111,6 +118,7 @@ __all__ = [
     "random_keep",
     "relative_error",
     "sincos_positions",
+    "sinkhorn_targets",
     "sparse_rate_reduction",
     "sparseness",
     "spectral_norm_sq",

@@ -1,10 +1,14 @@
 """Self-distillation without labels (DINO), by which CRATE learns to segment.
 
 A student predicts what a teacher, the average of its own past, says of another view of the same
-image; a running centre and a sharp temperature keep the teacher from saying always the same.
+image. The teacher is kept from saying always the same, or nothing at all, by a running centre and a
+sharp temperature; in small batches, where those two do not balance, by assignments that are made
+balanced (Sinkhorn-Knopp).
 
 Source: Caron et al., Emerging properties in self-supervised vision transformers (2021, arXiv
-2104.14294); Yu et al., Emergence of segmentation with minimalistic white-box transformers (2023).
+2104.14294), and Unsupervised learning of visual features by contrasting cluster assignments (2020,
+arXiv 2006.09882); Yu et al., Emergence of segmentation with minimalistic white-box transformers
+(2023).
 """
 
 import jax
@@ -16,46 +20,86 @@ from sparsejax.core.dtypes import widen
 
 def dino_loss(
     student: Float[Array, "views b k"],
-    teacher: Float[Array, "global b k"],
-    center: Float[Array, "k"],
+    targets: Float[Array, "global b k"],
     *,
-    student_temperature: float = 0.1,
-    teacher_temperature: float | Float[Array, ""] = 0.04,
+    temperature: float = 0.1,
 ) -> Float[Array, ""]:
-    """Cross-entropy of every student view against every other teacher view.
+    """Cross-entropy of every student view against what the teacher says of every other view.
 
-        p = softmax((teacher - center) / teacher_temperature);  -sum_k p_k log softmax(student / t)
+        -sum_k p_k log softmax(student / temperature)
 
     Means over images and pairs of different views. Differentiated in student alone.
 
     Args:
       student: logits of all views, those that the teacher sees too in front, in its order.
-      teacher: logits of these. center: the running mean of the teacher's logits.
+      targets: what the teacher says of these, `centered_targets` or `sinkhorn_targets`.
 
     Raises:
       ValueError: shapes that do not match, fewer than two student views, or a temperature that is
         not positive.
 
-    >>> views = jnp.zeros((2, 3, 4))
-    >>> round(float(dino_loss(views, views, jnp.zeros(4))), 3)
+    >>> round(float(dino_loss(jnp.zeros((2, 3, 4)), jnp.full((2, 3, 4), 0.25))), 3)
     1.386
     """
-    views, first = student.shape[0], teacher.shape[0]
-    if student.shape[1:] != teacher.shape[1:] or first > views or views < 2:
+    views, first = student.shape[0], targets.shape[0]
+    if student.shape[1:] != targets.shape[1:] or first > views or views < 2:
         raise ValueError(
-            f"student and teacher have shapes {student.shape} and {teacher.shape}; they must be "
+            f"student and targets have shapes {student.shape} and {targets.shape}; they must be "
             "[views, b, k] and [global, b, k], with at least 2 views and no more global ones"
         )
-    for name, value in (("student_temperature", student_temperature),
-                        ("teacher_temperature", teacher_temperature)):  # fmt: skip
-        if isinstance(value, int | float) and not value > 0:
-            raise ValueError(f"{name} is {value}; it must be positive")
-    sharp = (widen(teacher) - center) / teacher_temperature
-    targets = jax.lax.stop_gradient(jax.nn.softmax(sharp, axis=-1))
-    log_p = jax.nn.log_softmax(widen(student) / student_temperature, axis=-1)
-    losses = -jnp.einsum("gbk,vbk->gv", targets, log_p) / student.shape[1]
+    _check_temperature(temperature)
+    log_p = jax.nn.log_softmax(widen(student) / temperature, axis=-1)
+    fixed = jax.lax.stop_gradient(widen(targets))
+    losses = -jnp.einsum("gbk,vbk->gv", fixed, log_p) / student.shape[1]
     pairs = 1 - jnp.eye(first, views, dtype=losses.dtype)
     return jnp.sum(losses * pairs) / (first * (views - 1))
+
+
+def centered_targets(
+    teacher: Float[Array, "*b k"],
+    center: Float[Array, "k"],
+    *,
+    temperature: float | Float[Array, ""] = 0.04,
+) -> Float[Array, "*b k"]:
+    """`softmax((teacher - center) / temperature)`: probabilities from the teacher's logits.
+
+    center: the running mean of these, see `update_center`.
+
+    Raises:
+      ValueError: a temperature that is not positive.
+
+    >>> centered_targets(jnp.asarray([[2.0, 0.0]]), jnp.asarray([2.0, 0.0])).tolist()
+    [[0.5, 0.5]]
+    """
+    _check_temperature(temperature)
+    return jax.nn.softmax((widen(teacher) - center) / temperature, axis=-1)
+
+
+def sinkhorn_targets(
+    teacher: Float[Array, "*b k"],
+    *,
+    temperature: float | Float[Array, ""] = 0.04,
+    iterations: int = 3,
+) -> Float[Array, "*b k"]:
+    """Probabilities near `softmax(teacher / temperature)` that use all k outputs alike.
+
+    Columns, over all views and images, and rows are scaled in turn; each row ends with sum 1. By
+    logarithms, so that no temperature overflows.
+
+    Raises:
+      ValueError: a temperature that is not positive, or fewer than one iteration.
+
+    >>> sinkhorn_targets(jnp.asarray([[9.0, 8.0], [9.0, 0.0]]), temperature=1.0).round(2).tolist()
+    [[0.019999999552965164, 0.9800000190734863], [0.9800000190734863, 0.019999999552965164]]
+    """
+    _check_temperature(temperature)
+    if iterations < 1:
+        raise ValueError(f"iterations is {iterations}; it must be at least 1")
+    logs = widen(teacher).reshape(-1, teacher.shape[-1]) / temperature
+    for _ in range(iterations):
+        logs = jax.nn.log_softmax(logs, axis=0)
+        logs = jax.nn.log_softmax(logs, axis=1)
+    return jnp.exp(logs).reshape(teacher.shape)
 
 
 def update_center(
@@ -87,6 +131,11 @@ def update_teacher(
     _check_momentum(momentum)
     return jax.tree.map(lambda t, s: (momentum * t + (1 - momentum) * s).astype(t.dtype), teacher,
                         student)  # fmt: skip
+
+
+def _check_temperature(temperature: float | Array) -> None:
+    if isinstance(temperature, int | float) and not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be positive")
 
 
 def _check_momentum(momentum: float | Array) -> None:

@@ -275,9 +275,9 @@ def test_claims_are_computed_from_the_figures():
         assert [claim.holds for claim in claims] == wanted
 
     arm = {"test_loss": 0.1, "neighbours_trained": 90.0, "neighbours_random": 84.0,
-           "neighbours_pixels": 97.0, "used_prototypes": 30.0}  # fmt: skip
+           "neighbours_pixels": 97.0, "told_apart": 30.0}  # fmt: skip
     for changes, wanted in (({}, [True, True]), ({"neighbours_random": 86.0}, [False, True]),
-                            ({"used_prototypes": 2.0}, [True, False])):  # fmt: skip
+                            ({"told_apart": 2.0}, [True, False])):  # fmt: skip
         claims = dino.make_claims(PRESETS["dino"], found_of(dino={**arm, **changes}))
         assert [claim.holds for claim in claims] == wanted
 

@@ -433,31 +433,3 @@ def test_errors():
         model(tokens(t=13))
     with pytest.raises(ValueError, match="types are given; type_vocab_size, which is 0"):
         model(tokens(), types=tokens())
-
-
-def test_self_distillation():
-    """Equal views of a sharp teacher: the loss is its entropy; students of other views learn."""
-    logits = jax.random.normal(jax.random.key(0), (2, 5, 7))
-    center = jnp.zeros(7)
-    targets = jax.nn.softmax(logits / 0.1)
-    expected = -jnp.mean(jnp.sum(targets[::-1] * jnp.log(targets), axis=-1))
-    got = coding.dino_loss(logits, logits, center, teacher_temperature=0.1)
-    np.testing.assert_allclose(got, expected, rtol=1e-5)
-    slope = jax.grad(lambda s, t: coding.dino_loss(s, t, center), argnums=(0, 1))(logits, logits)
-    assert float(jnp.abs(slope[0]).max()) > 0
-    assert not bool(slope[1].any())
-    moved = coding.update_center(jnp.ones(7), logits)
-    np.testing.assert_allclose(moved, 0.9 + 0.1 * logits.mean((0, 1)), rtol=1e-5)
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_self_distillation_errors():
-    view = jnp.ones((2, 3, 4))
-    with pytest.raises(ValueError, match="student and teacher have shapes"):
-        coding.dino_loss(view[:1], view, jnp.zeros(4))
-    with pytest.raises(ValueError, match="teacher_temperature is 0; it must be positive"):
-        coding.dino_loss(view, view, jnp.zeros(4), teacher_temperature=0)
-    with pytest.raises(ValueError, match=r"momentum is 2; it must be in \[0, 1\]"):
-        coding.update_center(jnp.zeros(4), view, momentum=2)
-    with pytest.raises(ValueError, match=r"momentum is -1; it must be in \[0, 1\]"):
-        coding.update_teacher({}, {}, momentum=-1)
