@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 
 from experiments.crate.config import SLUG, ClassifyConfig
 from experiments.crate.figures import draw_attention, make_card
-from experiments.crate.measures import first_images, over_batches, share_images, unnormalised
+from experiments.crate.measures import first_images, share_images, unnormalised
 from experiments.crate.training import size_of
 from experiments.harness.abstract_training import check_backbone
 from experiments.harness.arms import (
@@ -30,6 +30,7 @@ from experiments.harness.data.images import ImageData, load_images
 from experiments.harness.images import Method, backbone_builder
 from experiments.harness.plots import draw_curves, new_figure, save
 from experiments.harness.progress import mean_and_deviation
+from experiments.harness.rows import over_batches
 from experiments.harness.run import Run
 from sparsejax.models import CrateClassifier, class_attention, layer_statistics
 

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal, Self
 
 from experiments.harness import digits
-from experiments.harness.config import ExperimentError
+from experiments.harness.config import ExperimentError, check_rates
 from experiments.harness.decoder_arms import DecoderConfig
 from experiments.harness.images import TRANSFORMER, ImageConfig
 from sparsejax.models import CrateImageConfig, crate_config
@@ -255,12 +255,6 @@ class TextConfig(DecoderConfig):
 
 
 AnyConfig = ClassifyConfig | MaeConfig | DinoConfig | TextConfig
-
-
-def check_rates(rates: tuple[float, ...]) -> None:
-    """Refuses learning rates that are not positive and different."""
-    if not rates or min(rates) <= 0 or len(set(rates)) < len(rates):
-        raise ExperimentError(f"learning_rates are {rates}; give positive ones that differ")
 
 
 def check_counts(config: ImagesConfig, *names: str) -> None:

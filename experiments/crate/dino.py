@@ -17,7 +17,6 @@ from experiments.crate.measures import (
     features_table,
     first_images,
     normalised,
-    over_batches,
     share_images,
     unnormalised,
 )
@@ -26,6 +25,7 @@ from experiments.harness.arms import Found, as_metrics, best_rate, mean, print_t
 from experiments.harness.config import Claim, Result
 from experiments.harness.data.images import ImageData, load_images
 from experiments.harness.progress import mean_and_deviation
+from experiments.harness.rows import over_batches
 from experiments.harness.run import Run
 from sparsejax.coding import (
     centered_targets,

@@ -17,7 +17,6 @@ from experiments.crate.measures import (
     features_table,
     first_images,
     normalised,
-    over_batches,
     share_images,
     unnormalised,
 )
@@ -35,6 +34,7 @@ from experiments.harness.config import Claim, Result
 from experiments.harness.data.images import ImageData, load_images
 from experiments.harness.images import augmented
 from experiments.harness.progress import mean_and_deviation
+from experiments.harness.rows import over_batches
 from experiments.harness.run import Run
 from sparsejax.coding import masked_patch_loss, patchify, random_keep
 from sparsejax.models import CrateImageConfig, CrateMAE

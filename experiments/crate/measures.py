@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Float, Int
 
 from experiments.crate.config import DinoConfig, ImagesConfig, MaeConfig
 from experiments.harness.arms import Metrics
 from experiments.harness.config import ExperimentError, Table
 from experiments.harness.data.images import ImageData
 from experiments.harness.progress import mean_and_deviation
+from experiments.harness.rows import over_batches
 
 PIXELS = "pixels"
 
@@ -144,19 +145,3 @@ def probe_accuracy(
 
 def _unit(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-
-
-def over_batches(
-    function: Callable[..., PyTree], *arrays: Shaped[np.ndarray, "n ..."], size: int = 256
-) -> PyTree:
-    """A jitted function of rows, on all rows with one compilation: results stand row below row."""
-    count = len(arrays[0])
-    parts = []
-    for start in range(0, count, size):
-        rows = [a[start : start + size] for a in arrays]
-        missing = size - len(rows[0])
-        filled = [np.pad(a, [(0, missing), *[(0, 0)] * (a.ndim - 1)], mode="edge") for a in rows]
-        found = jax.device_get(function(*filled))
-        kept = size - missing
-        parts.append(jax.tree.map(lambda a, kept=kept: a[:kept], found))
-    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)

@@ -14,7 +14,6 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from experiments.crate.config import DATASET, SLUG, TextConfig
 from experiments.crate.figures import make_card
-from experiments.crate.measures import over_batches
 from experiments.crate.training import Objective, compile_training, host_batch, size_of, traced
 from experiments.harness.arms import (
     Found,
@@ -36,6 +35,7 @@ from experiments.harness.data import (
 from experiments.harness.decoder_arms import load_text
 from experiments.harness.plots import draw_curves, new_figure, save
 from experiments.harness.progress import mean_and_deviation
+from experiments.harness.rows import over_batches
 from experiments.harness.run import Run
 from experiments.harness.sharding import make_mesh
 from experiments.harness.training import train

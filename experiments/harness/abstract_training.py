@@ -60,7 +60,8 @@ def trace_step(config: ImageConfig, transform: Transform, **changes: Any) -> Tra
       transform: parameters, optimiser of the settings -> the optimiser that is used.
       **changes: see `abstract_params`.
     """
-    return _traced(config, Method(build=_builder(config, **changes), transform=transform))
+    method = Method(build=_builder(config, **changes), transform=transform)
+    return trace_training(config, method, abstract_images(config))
 
 
 def missing_images(config: ImageConfig) -> str | None:
@@ -107,7 +108,7 @@ def check_backbone(
         return []
     plan = method(_builder(config))
     model = nnx.eval_shape(lambda: plan.build(nnx.Rngs(0)))
-    traced = _traced(config, plan)
+    traced = trace_training(config, plan, abstract_images(config))
     steps, side = PAPER_IMAGES[config.dataset] // config.batch, traced.side
     count = sum(leaf.size for leaf in jax.tree.leaves(traced.params))
     setting = (
@@ -122,16 +123,17 @@ def check_backbone(
     ]
 
 
-def _traced(config: ImageConfig, method: Method) -> TracedStep:
-    side, batch = paper_side(config), config.batch
+def trace_training(config: ImageConfig, method: Method, data: ImageData) -> TracedStep:
+    """Traces a step of a method on a batch of these images, of which only the sizes matter."""
+    side, batch = data.side, config.batch
     trainer = make_trainer(
         config,
         method,
-        steps_per_epoch=PAPER_IMAGES[config.dataset] // batch,
-        mean=[0.5] * 3,
-        deviation=[0.25] * 3,
+        steps_per_epoch=data.examples // batch,
+        mean=data.mean,
+        deviation=data.deviation,
     )
-    images = jax.ShapeDtypeStruct((batch, side, side, 3), jnp.uint8)
+    images = jax.ShapeDtypeStruct((batch, side, side, data.channels), jnp.uint8)
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
     before = jax.eval_shape(trainer.init, 0, 0.1)
     after, _ = jax.eval_shape(trainer.step, before, {"image": images, "label": labels})

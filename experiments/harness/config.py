@@ -128,6 +128,12 @@ class Experiment:
     variants: tuple[str, ...] = ()
 
 
+def check_rates(rates: tuple[float, ...]) -> None:
+    """Refuses learning rates that are not positive and different."""
+    if not rates or min(rates) <= 0 or len(set(rates)) < len(rates):
+        raise ExperimentError(f"learning_rates are {rates}; give positive ones that differ")
+
+
 def is_of(preset: str, kind: str) -> bool:
     """Whether a preset is of a kind, as `paper` and the `mae_paper` of a variant are `paper`."""
     return preset == kind or preset.endswith(f"_{kind}")

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import sparsejax as sj
-from experiments.harness.config import ExperimentError, RunConfig
+from experiments.harness.config import ExperimentError, RunConfig, check_rates
 from experiments.harness.data import (
     DatasetError,
     TextCorpus,
@@ -86,9 +86,7 @@ class DecoderConfig(RunConfig):
                 raise ExperimentError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.warmup >= self.steps:
             raise ExperimentError(f"warmup is {self.warmup}; it must be below steps = {self.steps}")
-        rates = self.learning_rates
-        if not rates or min(rates) <= 0 or len(set(rates)) < len(rates):
-            raise ExperimentError(f"learning_rates are {rates}; give positive ones that differ")
+        check_rates(self.learning_rates)
         if self.weight_decay < 0 or self.eval_windows < 0:
             raise ExperimentError(
                 f"weight_decay is {self.weight_decay} and eval_windows {self.eval_windows}; "

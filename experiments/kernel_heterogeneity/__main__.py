@@ -24,11 +24,27 @@ from experiments.kernel_heterogeneity.coding import (
     learn,
     normalised,
 )
-from experiments.kernel_heterogeneity.config import MINIMUM, PRESETS, SLUG, STUDY, Config
+from experiments.kernel_heterogeneity.config import (
+    MINIMUM,
+    PRESETS,
+    SLUG,
+    STUDY,
+    VARIANTS,
+    Config,
+    DownstreamConfig,
+)
+from experiments.kernel_heterogeneity.downstream import check_downstream, run_downstream
 from experiments.kernel_heterogeneity.report import as_table, draw, make_claims
 
 
-def run(config: Config, run: Run) -> Result:
+def run(config: Config | DownstreamConfig, run: Run) -> Result:
+    """Codes of photographs, or classifiers of codes."""
+    if isinstance(config, DownstreamConfig):
+        return run_downstream(config, run)
+    return run_codes(config, run)
+
+
+def run_codes(config: Config, run: Run) -> Result:
     """Codes the crops of every seed with every dictionary, generated and learned."""
     photos = load_photos(config.photos, most=config.most_photos)
     static, made = static_settings(config), dictionaries(config)
@@ -101,7 +117,12 @@ def one(
     return {**describe(config, images, filters, solver), **extra}
 
 
-def check(config: Config) -> list[str]:
+def check(config: Config | DownstreamConfig) -> list[str]:
+    """What the preset of the paper would do, as far as it can be built without its images."""
+    return check_downstream(config) if isinstance(config, DownstreamConfig) else check_codes(config)
+
+
+def check_codes(config: Config) -> list[str]:
     """Builds the coding and a learning step at the paper's size abstractly."""
     side = config.crop
     filters = jax.ShapeDtypeStruct((config.size, config.size, config.kernels), jnp.float32)
@@ -122,6 +143,7 @@ EXPERIMENT = Experiment(
     presets=PRESETS,
     run=run,
     check=check,
+    variants=VARIANTS,
 )
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """Settings of `python -m experiments.kernel_heterogeneity`."""
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 
-from experiments.harness.config import ExperimentError, RunConfig
+from experiments.harness.config import ExperimentError, RunConfig, check_rates
+from experiments.harness.images import ImageConfig
 from experiments.harness.natural_images import PACKAGED
 
 SLUG = "kernel_heterogeneity"
+VARIANTS = ("codes", "downstream")
 LABELS = {
     "full": "heterogeneous",
     "thin": "homogeneous",
@@ -91,6 +94,62 @@ class Config(RunConfig):
         return 2 * self.orientations * self.bandwidths
 
 
+@dataclasses.dataclass(frozen=True)
+class DownstreamConfig(ImageConfig):
+    """Settings of `python -m experiments.kernel_heterogeneity --variant downstream`."""
+
+    preset: str = "downstream"
+    """The set of defaults."""
+    model: str = "resnet20"
+    """The backbone that is given the codes: resnet18, resnet20, ..., resnet18_cifar, ..., vgg19."""
+    epochs: int = 20
+    """Passes over the training images."""
+    warmup_epochs: int = 5
+    """The learning rate rises linearly for so long, then falls along a cosine to 0."""
+    optimizer: Literal["sgd", "adamw", "lion"] = "adamw"
+    """AdamW, Lion, or SGD with momentum."""
+    weight_decay: float = 0.05
+    """Of every parameter."""
+    augment: Literal["none"] = "none"
+    """Maps of oriented kernels are neither shifted nor mirrored."""
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3)
+    """Peak learning rates; every arm is shown at its best one."""
+    enlarge: int = 2
+    """Images are coded at so many times their side, and their maps shrunk to it."""
+    lam: float = 5e-3
+    """Weight of the l1 norm: the study's .01 times its factor of .5."""
+    relax: float = 1.8
+    """Relaxation of ADMM."""
+    iterations: int = 100
+    """Of the study's solver, at most."""
+    tol: float = 1e-4
+    """At which it stops."""
+    size: int = 12
+    """Side of a kernel in pixels."""
+    orientations: int = 12
+    """Of the heterogeneous dictionary."""
+    bandwidths: int = 6
+    """Of the heterogeneous dictionary, 5 degrees apart; the homogeneous one has as many kernels."""
+    cutoffs: tuple[float, ...] = (0.0, 0.5)
+    """Sizes below which coefficients are dropped; classifiers are trained at each of them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.is_mlp:
+            raise ExperimentError("model is mlp; name a backbone, which takes maps")
+        if self.enlarge < 1:
+            raise ExperimentError(f"enlarge is {self.enlarge}; it must be at least 1")
+        if not self.cutoffs or min(self.cutoffs) < 0 or len(set(self.cutoffs)) < len(self.cutoffs):
+            raise ExperimentError(f"cutoffs are {self.cutoffs}; give different ones from 0")
+        check_rates(self.learning_rates)
+        self.coding()
+
+    def coding(self) -> Config:
+        """How the images are coded."""
+        same = ("lam", "relax", "iterations", "tol", "size", "orientations", "bandwidths")
+        return Config(**{name: getattr(self, name) for name in same})
+
+
 PRESETS = {
     "laptop": Config(),
     "test": Config(
@@ -101,5 +160,15 @@ PRESETS = {
     "paper": Config(
         preset="paper", photos="imagenette/train", crop=256, crops=1, minimum_crops=600,
         learn_steps=800, learn_iterations=300,
+    ),
+    "downstream": DownstreamConfig(),
+    "downstream_test": DownstreamConfig(
+        preset="downstream_test", seeds=1, epochs=1, warmup_epochs=0, batch=256, iterations=5,
+        size=8, orientations=3, bandwidths=2, learning_rates=(3e-3,), log_every=2,
+    ),
+    "downstream_paper": DownstreamConfig(
+        preset="downstream_paper", dataset="cifar10", model="resnet18_cifar", seeds=4, epochs=100,
+        warmup_epochs=30, batch=800, learning_rates=(2e-4,), iterations=250,
+        cutoffs=(0.0, 2.0, 4.0), log_every=50, checkpoint_every=2000,
     ),
 }  # fmt: skip

@@ -148,19 +148,6 @@ def test_neighbours_and_probe_read_what_features_hold():
         assert all(low <= value <= high for value in found)
 
 
-def test_rows_are_measured_with_one_compilation():
-    traces = []
-
-    @jax.jit
-    def double(x):
-        traces.append(x.shape)
-        return {"y": 2 * x}
-
-    rows = np.arange(14.0, dtype=np.float32).reshape(7, 2)
-    np.testing.assert_array_equal(measures.over_batches(double, rows, size=3)["y"], 2 * rows)
-    assert traces == [(3, 2)]
-
-
 def test_constants_and_pixels_of_the_autoencoder():
     images = jax.random.normal(jax.random.key(0), (3, 8, 8, 2))
     keep = random_keep(jax.random.uniform(jax.random.key(1), (3, 16)), 0.75)

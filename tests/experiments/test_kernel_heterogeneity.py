@@ -3,12 +3,14 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.harness.cli import main
 from experiments.harness.config import ExperimentError
+from experiments.harness.data.images import load_images
 from experiments.kernel_heterogeneity.__main__ import EXPERIMENT
 from experiments.kernel_heterogeneity.coding import (
     dictionaries,
@@ -18,6 +20,8 @@ from experiments.kernel_heterogeneity.coding import (
     measure,
 )
 from experiments.kernel_heterogeneity.config import LABELS, MINIMUM, PRESETS, STUDY, Config
+from experiments.kernel_heterogeneity.downstream import code_images, make_claims, maps_of
+from sparsejax import coding
 
 TEST = PRESETS["test"]
 
@@ -38,6 +42,103 @@ def test_end_to_end(tmp_path, capsys):
     assert len(stamps) == 10
     main(EXPERIMENT, ["--resume", str(folder)])
     assert {f: f.stat().st_mtime_ns for f in (folder / "arms").iterdir()} == stamps
+
+
+def test_classifiers_of_codes_and_their_resumption(tmp_path, capsys):
+    command = ["--variant", "downstream", "--preset", "test", "--out", str(tmp_path)]
+    main(EXPERIMENT, command)
+    assert "a classifier of heterogeneous codes is at most 1 point" in capsys.readouterr().out
+    (folder,) = (tmp_path / "kernel_heterogeneity").iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["preset"] == "downstream_test"
+    metrics = summary["metrics"]
+    assert list(metrics) == ["full-0", "full-0.5", "thin-0", "thin-0.5"]
+    for name in ("full", "thin"):
+        active = [metrics[f"{name}-{cutoff}"]["0.003"]["active"][0] for cutoff in ("0", "0.5")]
+        assert active[0] > 1.5 * active[1] > 0
+        assert 0 <= metrics[f"{name}-0"]["0.003"]["test_accuracy"][0] <= 100
+    kept = folder / "arms" / "thin-0.5-lr0.003.json"
+    before = json.loads(kept.read_text())
+    kept.unlink()  # the training is there, and codes are the same again
+    main(EXPERIMENT, ["--resume", str(folder)])
+    assert json.loads(kept.read_text()) == before
+
+
+def test_maps_are_codes_of_the_image():
+    filters = dictionaries(TEST)["full"]
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
+    cutoffs = jnp.asarray([0.0, 0.4])
+    found = maps_of(images, filters=filters, cutoffs=cutoffs, enlarge=2, config=TEST)
+    assert found["maps"].shape == (3, 2, 8, 8, TEST.kernels)
+    assert found["maps"].dtype == jnp.float16
+    grey = jnp.asarray(images[..., 0]) / 255
+    ready = np.stack([
+        coding.local_contrast_normalise(jax.image.resize(image, (16, 16), "bilinear"))[0]
+        for image in grey
+    ])  # fmt: skip
+    codes = np.asarray(encode(jnp.asarray(ready), filters, solver=STUDY, config=TEST))
+    for i, cutoff in enumerate((0.0, 0.4)):
+        kept = np.where(np.abs(codes) < cutoff, 0, codes)
+        active = (kept != 0).sum((1, 2, 3)) / 16**2
+        np.testing.assert_allclose(found["active"][:, i], active, atol=0.02)
+        small = jax.image.resize(jnp.asarray(kept), (3, 8, 8, TEST.kernels), "bilinear")
+        np.testing.assert_allclose(found["maps"][:, i], small, atol=2e-2)
+
+
+def test_maps_are_scaled_and_zeros_stay():
+    config = dataclasses.replace(PRESETS["downstream_test"], cutoffs=(0.5,))
+    data = load_images("small_digits")
+    few = dataclasses.replace(
+        data,
+        train={name: array[:64] for name, array in data.train.items()},
+        test={name: array[:5] for name, array in data.test.items()},
+        examples=64,
+    )
+    maps, active = code_images(config, few, dictionaries(config.coding())["thin"])[0.5]
+    assert (maps.channels, maps.examples, len(maps.test["image"])) == (12, 64, 5)
+    rms = np.sqrt(np.square(maps.train["image"], dtype=np.float64).mean((0, 1, 2)))
+    np.testing.assert_allclose(rms[rms > 0], 1, rtol=1e-2)
+    assert (maps.train["image"] == 0).mean() > 0.3
+    assert 0 < active < 12
+    streamed = dataclasses.replace(few, fixed=False)
+    with pytest.raises(ExperimentError, match="small_digits is not held in memory; its codes"):
+        code_images(config, streamed, dictionaries(config.coding())["thin"])
+    small = dataclasses.replace(config, enlarge=1, size=12)
+    with pytest.raises(ExperimentError, match="enlarge is 1: images of 8 pixels are coded"):
+        code_images(small, few, dictionaries(small.coding())["thin"])
+
+
+def test_downstream_claims_are_computed_from_the_figures():
+    config = PRESETS["downstream"]
+
+    def claimed(full, thin, *, active=1.0, dropped=(90.0, 90.0)):
+        arms = {"full-0": (full, active), "full-0.5": (dropped[0], 0.5), "thin-0": (thin, 2.0),
+                "thin-0.5": (dropped[1], 1.0)}  # fmt: skip
+        found = {
+            arm: {1e-3: {"test_accuracy": [a] * 2, "test_loss": [0.1] * 2, "active": [n] * 2}}
+            for arm, (a, n) in arms.items()
+        }
+        return [claim.holds for claim in make_claims(config, found)]
+
+    assert claimed(95.0, 95.5) == [True, True]
+    assert claimed(94.0, 95.5) == [False, True]
+    assert claimed(95.0, 95.5, active=2.5) == [False, True]
+    assert claimed(95.0, 95.0, dropped=(80.0, 90.0)) == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model": "mlp", "optimizer": "sgd"}, "model is mlp; name a backbone, which takes maps"),
+        ({"enlarge": 0}, "enlarge is 0; it must be at least 1"),
+        ({"cutoffs": (0.1, 0.1)}, r"cutoffs are \(0.1, 0.1\); give different ones from 0"),
+        ({"learning_rates": ()}, r"learning_rates are \(\); give positive ones that differ"),
+        ({"size": 11}, "size is 11; it must be even"),
+    ],
+)
+def test_downstream_config_errors(overrides, message):
+    with pytest.raises(ExperimentError, match=message):
+        dataclasses.replace(PRESETS["downstream"], **overrides)
 
 
 def test_dictionaries_are_those_of_the_study():
@@ -89,3 +190,6 @@ def test_config_errors(overrides, message):
 def test_the_papers_setting_traces():
     lines = EXPERIMENT.check(PRESETS["paper"])
     assert "(1, 256, 256, 144)" in lines[0]
+    lines = EXPERIMENT.check(PRESETS["downstream_paper"])
+    assert "resnet18_cifar on codes (32, 32, 144) of cifar10" in lines[0]
+    assert "coding and one training step traced" in lines[1]
