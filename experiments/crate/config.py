@@ -227,7 +227,7 @@ class TextConfig(DecoderConfig):
     """Share of the bytes that is masked."""
     layers: int = 4
     """Blocks."""
-    learning_rates: tuple[float, ...] = (3e-3, 1e-3)
+    learning_rates: tuple[float, ...] = (3e-3, 1e-2)
     """Peak learning rates; every arm is shown at its best one."""
     lam: float = 0.1
     """Threshold of the sparsifying step, over its step size."""
