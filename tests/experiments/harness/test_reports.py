@@ -1,16 +1,18 @@
 """Perplexity, the list of experiments, and the results table."""
 
+import io
 import json
 import math
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from experiments import __main__ as listing
 from experiments import reproduce
 from experiments.harness.perplexity import make_perplexity
-from experiments.harness.progress import mean_and_deviation
+from experiments.harness.progress import make_table, mean_and_deviation
 from experiments.harness.registry import last_summaries, list_experiments
 
 CLAIM = {"sentence": "a | b", "holds": False, "ours": "1", "baseline": "2", "seeds": 3}
@@ -33,6 +35,14 @@ def test_perplexity_is_the_exponential_of_the_mean_over_all_predictions():
 def test_mean_and_deviation():
     assert mean_and_deviation([1.0, 3.0], 2) == "2.00 ± 1.41"
     assert mean_and_deviation([1.5], 1) == "1.5"
+
+
+def test_tables_show_brackets():
+    console = Console(file=io.StringIO(), width=60)
+    console.print(make_table("[t]", ("[a]", "b"), [("[d, f]", "[bold]1")]))
+    printed = console.file.getvalue()
+    for cell in ("[t]", "[a]", "[d, f]", "[bold]1"):
+        assert cell in printed
 
 
 def test_every_experiment_is_listed_with_its_line_and_times(capsys):
