@@ -75,7 +75,7 @@ def layer_bar(
 
 
 def make_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table whose first column is text and whose others are numbers; brackets stay as they are."""
+    """A table: the first column is text, the others are numbers; brackets are shown as they are."""
     table = Table(title=escape(title), title_justify="left")
     for i, name in enumerate(header):
         table.add_column(escape(name), justify="left" if i == 0 else "right")
