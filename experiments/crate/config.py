@@ -364,7 +364,10 @@ PRESETS = {
     "gpt": TextConfig(),
     "gpt_test": TextConfig(preset="gpt_test", alpha_width=0, **_TEST_TEXT),
     "gpt_paper": TextConfig(preset="gpt_paper", **_TEXT),
-    "bert": TextConfig(preset="bert", objective="masked", alpha_width=0),
+    # masked bytes are predicted by their frequencies for the first thousand steps
+    "bert": TextConfig(
+        preset="bert", objective="masked", alpha_width=0, steps=3000, warmup=200, log_every=50
+    ),
     "bert_test": TextConfig(preset="bert_test", objective="masked", alpha_width=0, **_TEST_TEXT),
     "bert_paper": TextConfig(
         preset="bert_paper", objective="masked", alpha_width=0, **{**_TEXT, "seq_len": 512}
