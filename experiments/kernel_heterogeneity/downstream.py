@@ -159,11 +159,11 @@ def code_images(
                      for part in np.array_split(train["maps"][:, i], 64))  # fmt: skip
         scale = np.sqrt(square / (len(train["maps"]) * data.side**2))
         scale = np.where(scale > 0, scale, 1).astype(np.float16)
-        splits = (
+        trained, held = (
             {"image": maps["maps"][:, i] / scale, "label": part["label"]}
             for maps, part in ((train, data.train), (test, data.test))
         )
-        images = as_maps(config, data, *splits, data.examples)
+        images = as_maps(config, data, trained, held, data.examples)
         found[cutoff] = (images, float(train["active"][:, i].mean()))
     return found
 
