@@ -7,7 +7,7 @@ fall and tokens grow sparser from layer to layer, and the attention of the class
 object; causal CRATE models text worse than a GPT, CRATE-alpha less so.
 
 By default classifiers of digits: CRATE and a ViT of equal width, the measures of its layers before
-and after training, and maps of its attention. Other presets: `mae` reconstructs masked digits,
+and after training, and maps of its attention. `--variant mae` reconstructs masked digits,
 `dino` learns from views of them without labels, `gpt` predicts bytes and `bert` fills them in.
 """
 
