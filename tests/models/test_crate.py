@@ -231,6 +231,22 @@ def test_sizes(name):
                 assert count + d * d + d == pytest.approx(counts[name], rel=1e-3)
 
 
+def test_a_program_does_not_grow_with_depth():
+    """Blocks are scanned, forward and backward: what is compiled at 24 layers is what is at 2."""
+
+    def equations(depth):
+        sizes = dataclasses.replace(IMAGE, n_layers=depth)
+        graph, params = nnx.split(nnx.eval_shape(lambda: CrateMAE(sizes, rngs=nnx.Rngs(0))))
+
+        def loss(params, images, noise):
+            return nnx.merge(graph, params)(images, noise, ratio=0.75)[0].sum()
+
+        shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 8, 8, 3), (2, 4))]
+        return str(jax.make_jaxpr(jax.grad(loss))(params, *shapes)).count("=")
+
+    assert equations(2) == equations(24)
+
+
 def test_initial_values():
     config = crate_config("small", n_layers=1, image_size=32)
     flat = dict(named_leaves(nnx.state(CrateClassifier(config, rngs=nnx.Rngs(0)))))
