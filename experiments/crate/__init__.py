@@ -13,10 +13,10 @@ and after training, and maps of its attention. `--variant mae` reconstructs mask
 
 MINUTES = {
     "laptop": "5",
-    "mae": "3",
-    "dino": "4",
+    "mae": "4",
+    "dino": "5",
     "gpt": "5",
-    "bert": "4",
+    "bert": "13",
     "test": "0.3",
     "paper": "checked abstractly",
 }

@@ -10,4 +10,4 @@ by one near the minimum: what belongs to the dictionary shows under both. `--var
 trains classifiers on the codes of labelled images.
 """
 
-MINUTES = {"laptop": "4", "test": "0.2", "paper": "checked abstractly"}
+MINUTES = {"laptop": "4", "downstream": "6", "test": "0.2", "paper": "checked abstractly"}
