@@ -21,6 +21,6 @@ def over_batches(
         found = jax.device_get(function(*filled))
         if out is None:
             out = jax.tree.map(lambda a: np.empty((count, *a.shape[1:]), a.dtype), found)
-        jax.tree.map(lambda to, a, at=start, n=kept: to.__setitem__(slice(at, at + n), a[:n]), out,
-                     found)  # fmt: skip
+        for whole, part in zip(jax.tree.leaves(out), jax.tree.leaves(found), strict=True):
+            whole[start : start + kept] = part[:kept]
     return out
