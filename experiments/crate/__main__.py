@@ -1,11 +1,14 @@
 """`python -m experiments.crate`: `--variant` chooses what is trained."""
 
+from collections.abc import Callable
+from typing import Any
+
 from experiments.crate.classify import check_classify, run_classify
 from experiments.crate.config import (
     PRESETS,
     SLUG,
     VARIANTS,
-    AnyConfig,
+    ClassifyConfig,
     DinoConfig,
     MaeConfig,
     TextConfig,
@@ -17,35 +20,20 @@ from experiments.harness.cli import main
 from experiments.harness.config import Experiment, Result
 from experiments.harness.run import Run
 
-
-def run(config: AnyConfig, run: Run) -> Result:
-    """Classifiers, a masked autoencoder, self-distillation, or text models."""
-    if isinstance(config, MaeConfig):
-        return run_mae(config, run)
-    if isinstance(config, DinoConfig):
-        return run_dino(config, run)
-    if isinstance(config, TextConfig):
-        return run_text(config, run)
-    return run_classify(config, run)
-
-
-def check(config: AnyConfig) -> list[str]:
-    """What the preset of a paper would train, as far as it can be built without its data."""
-    if isinstance(config, MaeConfig):
-        return check_mae(config)
-    if isinstance(config, DinoConfig):
-        return check_dino(config)
-    if isinstance(config, TextConfig):
-        return check_text(config)
-    return check_classify(config)
+TRAININGS: dict[type, tuple[Callable[[Any, Run], Result], Callable[[Any], list[str]]]] = {
+    ClassifyConfig: (run_classify, check_classify),
+    MaeConfig: (run_mae, check_mae),
+    DinoConfig: (run_dino, check_dino),
+    TextConfig: (run_text, check_text),
+}
 
 
 EXPERIMENT = Experiment(
     slug=SLUG,
     paper="White-Box Transformers via Sparse Rate Reduction",
     presets=PRESETS,
-    run=run,
-    check=check,
+    run=lambda config, run: TRAININGS[type(config)][0](config, run),
+    check=lambda config: TRAININGS[type(config)][1](config),
     variants=VARIANTS,
 )
 

@@ -12,7 +12,6 @@ from jaxtyping import Array, PyTree
 from experiments.crate.config import SLUG, ClassifyConfig
 from experiments.crate.figures import draw_attention, make_card
 from experiments.crate.measures import first_images, share_images, unnormalised
-from experiments.crate.training import size_of
 from experiments.harness.abstract_training import check_backbone
 from experiments.harness.arms import (
     Found,
@@ -32,6 +31,7 @@ from experiments.harness.plots import draw_curves, new_figure, save
 from experiments.harness.progress import mean_and_deviation
 from experiments.harness.rows import over_batches
 from experiments.harness.run import Run
+from experiments.harness.training import size_of
 from sparsejax.models import CrateClassifier, class_attention, layer_statistics
 
 LABELS = {"crate": "CRATE", "vit": "ViT"}

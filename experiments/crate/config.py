@@ -190,7 +190,7 @@ class DinoConfig(ImagesConfig):
     teacher_momentum: float = 0.9
     """Share of itself that the teacher keeps in a step, at first; it rises to 1 along a cosine."""
     center_momentum: float = 0.9
-    """Share of itself that the centre keeps in a step."""
+    """Share of itself that the centre keeps in a step, with `balance center`."""
     neighbours: int = 5
     """Of the classifier that features are tried with."""
 

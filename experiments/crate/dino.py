@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from scipy.stats import entropy
 
 from experiments.crate.config import SLUG, DinoConfig
 from experiments.crate.figures import draw_attention, draw_rows, make_card
@@ -137,12 +138,14 @@ def make_views(
 
 
 def objective(config: DinoConfig, network: Network, data: ImageData, steps: int) -> Objective:
-    """The student is trained; the memory holds the teacher, its average, and the centre."""
+    """The student is trained; the memory holds the teacher, its average, and a centre if asked."""
+    centred, sharp = config.balance == "center", config.teacher_temperature
 
     def init(key: PRNGKeyArray) -> tuple[PyTree, PyTree]:
         params = network.init(key)
         teacher = jax.tree.map(jnp.copy, params)  # not the student's buffers: steps donate them
-        return params, {"teacher": teacher, "center": jnp.zeros(config.prototypes)}
+        center = {"center": jnp.zeros(config.prototypes)} if centred else {}
+        return params, {"teacher": teacher, **center}
 
     def all_logits(params: PyTree, views: Array) -> Array:
         flat = network.logits(params, views.reshape(-1, *views.shape[2:]))
@@ -151,14 +154,14 @@ def objective(config: DinoConfig, network: Network, data: ImageData, steps: int)
     def loss(params: PyTree, memory: PyTree, batch: Any, key: PRNGKeyArray) -> tuple[Array, PyTree]:
         views = make_views(key, normalised(batch["image"], data), config)
         teacher = all_logits(memory["teacher"], views[:GLOBAL_VIEWS])
-        student, own = all_logits(params, views), config.teacher_temperature
-        if config.balance == "center":
-            targets = centered_targets(teacher, memory["center"], temperature=own)
+        if centred:
+            targets = centered_targets(teacher, memory["center"], temperature=sharp)
+            center = update_center(memory["center"], teacher, momentum=config.center_momentum)
+            memory = {**memory, "center": center}
         else:
-            targets = sinkhorn_targets(teacher, temperature=own)
-        value = dino_loss(student, targets, temperature=config.student_temperature)
-        center = update_center(memory["center"], teacher, momentum=config.center_momentum)
-        return value, {**memory, "center": center}
+            targets = sinkhorn_targets(teacher, temperature=sharp)
+        student = all_logits(params, views)
+        return dino_loss(student, targets, temperature=config.student_temperature), memory
 
     def remember(memory: PyTree, params: PyTree, count: Array) -> PyTree:
         left = 0.5 * (1 + jnp.cos(jnp.pi * count / steps))
@@ -213,14 +216,9 @@ def measured(
     attention = np.asarray(network.attention(params, jnp.asarray(test[: config.shown])), float)
     return found | {
         "test_loss": 1 - found["neighbours_trained"] / 100,
-        "told_apart": float(np.exp(entropy(said.mean(0)) - entropy(said).mean())),
+        "told_apart": float(np.exp(entropy(said.mean(0)) - entropy(said, axis=-1).mean())),
         "attention": attention.round(4).tolist(),
     }
-
-
-def entropy(shares: Float[np.ndarray, "*b k"]) -> Float[np.ndarray, "*b"]:
-    """In nats."""
-    return -np.sum(shares * np.log(np.maximum(shares, 1e-30)), axis=-1)
 
 
 def run_dino(config: DinoConfig, run: Run) -> Result:

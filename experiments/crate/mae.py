@@ -20,7 +20,7 @@ from experiments.crate.measures import (
     share_images,
     unnormalised,
 )
-from experiments.crate.training import Objective, check_images, image_trainer, size_of
+from experiments.crate.training import Objective, check_images, image_trainer
 from experiments.harness.arms import (
     Found,
     arms_table,
@@ -36,6 +36,7 @@ from experiments.harness.images import augmented
 from experiments.harness.progress import mean_and_deviation
 from experiments.harness.rows import over_batches
 from experiments.harness.run import Run
+from experiments.harness.training import size_of
 from sparsejax.coding import masked_patch_loss, patchify, random_keep
 from sparsejax.models import CrateImageConfig, CrateMAE
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from experiments.crate.config import DATASET, SLUG, TextConfig
 from experiments.crate.figures import make_card
-from experiments.crate.training import Objective, compile_training, host_batch, size_of, traced
+from experiments.crate.training import Objective, compile_training, host_batch, traced
 from experiments.harness.arms import (
     Found,
     arms_table,
@@ -26,9 +26,8 @@ from experiments.harness.arms import (
 )
 from experiments.harness.config import Claim, ExperimentError, Result
 from experiments.harness.data import (
-    DatasetError,
     TokenizedText,
-    open_builder,
+    missing_dataset,
     validation_windows,
     window_batches,
 )
@@ -38,7 +37,7 @@ from experiments.harness.progress import mean_and_deviation
 from experiments.harness.rows import over_batches
 from experiments.harness.run import Run
 from experiments.harness.sharding import make_mesh
-from experiments.harness.training import train
+from experiments.harness.training import size_of, train
 from sparsejax.models import CrateLM, CrateTextConfig, Gpt, GptConfig
 from sparsejax.models.encoder import Encoder, embedding
 from sparsejax.models.encoder_config import EncoderConfig
@@ -258,15 +257,11 @@ def run_text(config: TextConfig, run: Run) -> Result:
 def check_text(config: TextConfig) -> list[str]:
     """Traces a training step of every arm; nothing if the text is there.
 
-    Raises ExperimentError for a dataset that is not the paper's and not there.
+    Raises DatasetError for a dataset that is not the paper's and not there.
     """
-    try:
-        open_builder(config.dataset)
+    missing = missing_dataset(config.dataset, [DATASET])
+    if missing is None:
         return []
-    except DatasetError as error:
-        if config.dataset != DATASET:
-            raise ExperimentError(str(error)) from error
-        missing = str(error)
     arms = arms_of(config)
     windows = jax.ShapeDtypeStruct((config.batch, config.seq_len + 1), jnp.int32)
     built = []

@@ -11,13 +11,14 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from experiments.crate.config import SLUG, ImagesConfig
 from experiments.crate.measures import share_images
-from experiments.harness.abstract_training import abstract_images, missing_images
+from experiments.harness.abstract_training import PAPER_SIDE, abstract_images
 from experiments.harness.config import ExperimentError
+from experiments.harness.data import missing_dataset
 from experiments.harness.data.images import ImageData
 from experiments.harness.images import learning_rate, make_optimizer
 from experiments.harness.run import Run
 from experiments.harness.sharding import make_mesh, state_shardings
-from experiments.harness.training import train
+from experiments.harness.training import size_of, train
 
 
 class Objective(NamedTuple):
@@ -111,7 +112,7 @@ def check_images(
 
     objective: images, steps in all -> what is learned.
     """
-    missing = missing_images(config)
+    missing = missing_dataset(config.dataset, PAPER_SIDE)
     if missing is None:
         return []
     data = abstract_images(config)
@@ -121,17 +122,13 @@ def check_images(
         lambda peak: make_optimizer(config, learning_rate(config, per_epoch, peak)),
         {"image": jax.ShapeDtypeStruct((config.batch, side, side, data.channels), jnp.uint8)},
     )
+    count = size_of(state["params"])
     setting = (
         f"paper setting: {config.preset} of {config.model} on {config.dataset}, "
-        f"{size_of(state['params']):,} parameters, {config.epochs} epochs of {per_epoch:,} steps "
+        f"{count:,} parameters, {config.epochs} epochs of {per_epoch:,} steps "
         f"with {config.batch} images of {side} x {side}"
     )
     return [setting, "one training step traced", f"checked abstractly: {missing}"]
-
-
-def size_of(params: PyTree) -> int:
-    """How many numbers they are."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def host_batch(batch: int, examples: int) -> int:

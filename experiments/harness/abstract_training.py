@@ -10,10 +10,10 @@ import optax
 from flax import nnx
 from jaxtyping import PyTree
 
-from experiments.harness.config import ExperimentError
-from experiments.harness.data import DatasetError, open_builder
+from experiments.harness.data import missing_dataset
 from experiments.harness.data.images import ImageData
 from experiments.harness.images import ImageConfig, Method, build_backbone, make_trainer
+from experiments.harness.training import size_of
 
 PAPER_SIDE = {"imagenet2012": 224, "cifar10": 32, "cifar100": 32, "oxford_flowers102": 224,
               "oxford_iiit_pet": 224}  # fmt: skip
@@ -64,26 +64,12 @@ def trace_step(config: ImageConfig, transform: Transform, **changes: Any) -> Tra
     return trace_training(config, method, abstract_images(config))
 
 
-def missing_images(config: ImageConfig) -> str | None:
-    """Why the dataset of a paper is not there, or None where it is.
-
-    Raises ExperimentError for another dataset that is not there.
-    """
-    try:
-        open_builder(config.dataset)
-        return None
-    except DatasetError as error:
-        if config.dataset not in PAPER_SIDE:
-            raise ExperimentError(str(error)) from error
-        return str(error)
-
-
 def abstract_images(config: ImageConfig) -> ImageData:
     """A paper's dataset without its images."""
     name = config.dataset
     mean, deviation = np.full(3, 0.5), np.full(3, 0.25)
     return ImageData(
-        name, PAPER_CLASSES[name], paper_side(config), 3, (), (), PAPER_IMAGES[name], False, mean,
+        name, PAPER_CLASSES[name], _side(config), 3, (), (), PAPER_IMAGES[name], False, mean,
         deviation,
     )  # fmt: skip
 
@@ -103,14 +89,14 @@ def check_backbone(
     Returns:
       Lines to print; none if the dataset is there, so that the run can start.
     """
-    missing = missing_images(config)
+    missing = missing_dataset(config.dataset, PAPER_SIDE)
     if missing is None:
         return []
     plan = method(_builder(config))
     model = nnx.eval_shape(lambda: plan.build(nnx.Rngs(0)))
     traced = trace_training(config, plan, abstract_images(config))
     steps, side = PAPER_IMAGES[config.dataset] // config.batch, traced.side
-    count = sum(leaf.size for leaf in jax.tree.leaves(traced.params))
+    count = size_of(traced.params)
     setting = (
         f"paper setting: {config.model} on {config.dataset}, {count:,} parameters, "
         f"{config.epochs} epochs of {steps:,} steps with {config.batch} images of {side} x {side}"
@@ -140,11 +126,10 @@ def trace_training(config: ImageConfig, method: Method, data: ImageData) -> Trac
     return TracedStep(after["params"], after["opt"], side)
 
 
-def paper_side(config: ImageConfig) -> int:
-    """Of the images that are trained on."""
+def _side(config: ImageConfig) -> int:
     return config.image_size or PAPER_SIDE[config.dataset]
 
 
 def _builder(config: ImageConfig, **changes: Any) -> Callable[..., nnx.Module]:
-    sizes = {"classes": PAPER_CLASSES[config.dataset], "side": paper_side(config), "channels": 3}
+    sizes = {"classes": PAPER_CLASSES[config.dataset], "side": _side(config), "channels": 3}
     return lambda rngs, **more: build_backbone(config, rngs=rngs, **sizes, **changes, **more)

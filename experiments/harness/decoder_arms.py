@@ -19,21 +19,20 @@ from jax.sharding import Mesh
 import sparsejax as sj
 from experiments.harness.config import ExperimentError, RunConfig, check_rates
 from experiments.harness.data import (
-    DatasetError,
     TextCorpus,
     TokenizedText,
     check_length,
     corpus_from_dataset,
     corpus_from_files,
     get_tokenizer,
-    open_builder,
+    missing_dataset,
     tokenize,
     validation_windows,
     window_batches,
 )
 from experiments.harness.run import Run
 from experiments.harness.sharding import make_mesh, state_shardings
-from experiments.harness.training import train
+from experiments.harness.training import size_of, train
 from sparsejax.models import Llama, LlamaConfig, param_specs
 
 OWN_TEXT, OWN_SHARE = "stdlib", 0.95
@@ -321,7 +320,7 @@ def check_decoder(config: DecoderConfig, arm: Arm) -> list[str]:
     windows = jax.ShapeDtypeStruct((config.batch, config.seq_len + 1), jnp.int32)
     after, found = jax.eval_shape(trainer.step, state, windows)
     assert jax.tree.structure(after) == jax.tree.structure(state)
-    size = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
+    size = size_of(state["params"])
     tokens = f"{config.batch} x {config.seq_len} tokens"
     return [f"{size:,} parameters; a step of {tokens} gives {', '.join(sorted(found))}"]
 
@@ -336,14 +335,10 @@ def check_arms(
       dataset: of the paper, which need not be there; another one must be.
 
     Raises:
-      ExperimentError: another dataset that is not there.
+      DatasetError: another dataset that is not there.
     """
-    try:
-        open_builder(config.dataset)
+    missing = missing_dataset(config.dataset, [dataset])
+    if missing is None:
         return []
-    except DatasetError as error:
-        if config.dataset != dataset:
-            raise ExperimentError(str(error)) from error
-        missing = str(error)
     built = [f"{name}: {line}" for name, arm in arms.items() for line in check_decoder(config, arm)]
     return [f"paper setting: {setting}", *built, f"checked abstractly: {missing}"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from experiments.harness.checkpoints import Checkpoints
 from experiments.harness.config import ExperimentError
@@ -17,6 +18,11 @@ from experiments.harness.sharding import place_batch
 
 class TrainingFailedError(ExperimentError):
     """The loss is no number any more."""
+
+
+def size_of(tree: PyTree) -> int:
+    """How many numbers the arrays of a tree are, or the shapes of one that is not built."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def train(

@@ -34,7 +34,7 @@ from experiments.kernel_heterogeneity.config import (
     DownstreamConfig,
 )
 from experiments.kernel_heterogeneity.downstream import check_downstream, run_downstream
-from experiments.kernel_heterogeneity.report import as_table, draw, make_claims
+from experiments.kernel_heterogeneity.report import as_table, draw, make_card, make_claims
 
 
 def run(config: Config | DownstreamConfig, run: Run) -> Result:
@@ -73,20 +73,11 @@ def run_codes(config: Config, run: Run) -> Result:
     table = as_table(config, found)
     print_table(run, table)
     draw(config, run, found, shown)
-    card = sj.SparsityCard(
-        what=sj.WhatIsSparse.ACTIVATIONS,
-        granularity=sj.Granularity.UNSTRUCTURED,
-        timing=sj.Timing.AFTER,
-        path=sj.TrainingPath.SPARSE_TO_SPARSE,
-        dynamics=sj.MaskDynamics.DYNAMIC,
-        allocation=sj.Allocation.GLOBAL,
-        criterion=sj.Criterion.MAGNITUDE,
-        gradient=sj.GradientRule.MASKED,
-        seeds=config.seeds,
-        budget=f"{config.kernels} kernels, {config.iterations} or {config.minimum_iterations} "
-        "iterations for every dictionary",
-        simulated=True,
+    budget = (
+        f"{config.kernels} kernels, {config.iterations} or {config.minimum_iterations} iterations "
+        "for every dictionary"
     )
+    card = make_card(config, sj.Timing.AFTER, budget)
     large = ("filters", "dropped_psnr", "dropped_sparseness", "bandwidths")
     metrics = {
         solver: {n: {k: v for k, v in arm.items() if k not in large} for n, arm in by.items()}

@@ -9,14 +9,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from experiments.harness.config import ExperimentError
-from experiments.kernel_heterogeneity.config import MINIMUM, STUDY, Config
+from experiments.kernel_heterogeneity.config import MINIMUM, STUDY, CodingConfig, Config
 from sparsejax import coding
 
 THIN_WIDTH = (np.pi / 6) / 2.5
 _PHASES = np.asarray([0, np.pi / 2])
 
 
-def dictionaries(config: Config) -> dict[str, Float[Array, "h w m"]]:
+def dictionaries(config: CodingConfig) -> dict[str, Float[Array, "h w m"]]:
     """The heterogeneous and the homogeneous dictionary, as generated and at unit norm."""
     few, many = config.orientations, config.orientations * config.bandwidths
     made = {
@@ -56,11 +56,23 @@ def encode(
     images: Float[Array, "n h w"], filters: Float[Array, "kh kw m"], *, solver: str, config: Config
 ) -> Float[Array, "n h w m"]:
     """Sparse maps of every image."""
-    solve = functools.partial(coding.csc_admm, images, filters, config.lam, relax=config.relax)
     if solver == STUDY:
-        return solve(tol=config.tol, num_iters=config.iterations, adapt_rho="relative").y
+        return encode_as_studied(images, filters, config)
     assert solver == MINIMUM
-    return solve(rho=config.minimum_rho, num_iters=config.minimum_iterations).y
+    return coding.csc_admm(
+        images, filters, config.lam, rho=config.minimum_rho, relax=config.relax,
+        num_iters=config.minimum_iterations,
+    ).y  # fmt: skip
+
+
+def encode_as_studied(
+    images: Float[Array, "n h w"], filters: Float[Array, "kh kw m"], config: CodingConfig
+) -> Float[Array, "n h w m"]:
+    """Sparse maps by the study's solver."""
+    return coding.csc_admm(
+        images, filters, config.lam, relax=config.relax, num_iters=config.iterations,
+        tol=config.tol, adapt_rho="relative",
+    ).y  # fmt: skip
 
 
 @jax.jit

@@ -24,7 +24,50 @@ SOLVERS = {STUDY: "the study's solver", MINIMUM: "near the minimum"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(RunConfig):
+class CodingConfig(RunConfig):
+    """The dictionaries, and the study's solver."""
+
+    lam: float = 1e-2
+    """Weight of the l1 norm."""
+    relax: float = 1.8
+    """Relaxation of ADMM."""
+    iterations: int = 100
+    """Of the study's solver at most, whose rho follows the relative residuals."""
+    tol: float = 1e-4
+    """At which it stops."""
+    size: int = 12
+    """Side of a kernel in pixels."""
+    orientations: int = 12
+    """Of the heterogeneous dictionary."""
+    bandwidths: int = 6
+    """Of the heterogeneous dictionary, 5 degrees apart; the homogeneous one has as many kernels."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("iterations", "orientations", "bandwidths")
+        if not self.lam > 0:
+            raise ExperimentError(f"lam is {self.lam}; it must be positive")
+        if self.size < 2 or self.size % 2:
+            raise ExperimentError(f"size is {self.size}; it must be even")
+        if not 0 < self.relax < 2:
+            raise ExperimentError(f"relax is {self.relax}; it must be in (0, 2)")
+        if self.tol < 0:
+            raise ExperimentError(f"tol is {self.tol}; it must not be negative")
+
+    def check_positive(self, *names: str) -> None:
+        """Refuses counts below 1."""
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ExperimentError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def kernels(self) -> int:
+        """Of each dictionary."""
+        return 2 * self.orientations * self.bandwidths
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(CodingConfig):
     """Settings of `python -m experiments.kernel_heterogeneity`."""
 
     photos: str = PACKAGED
@@ -37,24 +80,10 @@ class Config(RunConfig):
     """Crops of each photo and seed."""
     minimum_crops: int = 2
     """How many of a seed's crops are also coded near the minimum, one after the other photo."""
-    lam: float = 1e-2
-    """Weight of the l1 norm."""
-    relax: float = 1.8
-    """Relaxation of ADMM."""
-    iterations: int = 100
-    """Of the study's solver, whose rho follows the relative residuals."""
-    tol: float = 1e-4
-    """At which the study's solver stops."""
     minimum_iterations: int = 500
     """Of the solver with fixed rho."""
     minimum_rho: float = 0.2
     """Its rho."""
-    size: int = 12
-    """Side of a kernel in pixels."""
-    orientations: int = 12
-    """Of the heterogeneous dictionary."""
-    bandwidths: int = 6
-    """Of the heterogeneous dictionary, 5 degrees apart; the homogeneous one has as many kernels."""
     learn_steps: int = 40
     """Images that each dictionary learns from; 0 leaves learning out."""
     learn_iterations: int = 60
@@ -66,36 +95,24 @@ class Config(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("most_photos", "crops", "minimum_crops", "iterations", "minimum_iterations",
-                     "orientations", "bandwidths", "learn_iterations"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ExperimentError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("lam", "minimum_rho", "learn_rho"):
+        self.check_positive(
+            "most_photos", "crops", "minimum_crops", "minimum_iterations", "learn_iterations"
+        )
+        for name in ("minimum_rho", "learn_rho"):
             if not getattr(self, name) > 0:
                 raise ExperimentError(f"{name} is {getattr(self, name)}; it must be positive")
-        if self.size < 2 or self.size % 2:
-            raise ExperimentError(f"size is {self.size}; it must be even")
         if self.crop < max(16, self.size):
             raise ExperimentError(
                 f"crop is {self.crop}; it must be at least 16 and the size of a kernel, {self.size}"
             )
-        if not 0 < self.relax < 2:
-            raise ExperimentError(f"relax is {self.relax}; it must be in (0, 2)")
-        if self.learn_steps < 0 or self.tol < 0:
-            raise ExperimentError(
-                f"learn_steps is {self.learn_steps} and tol {self.tol}; neither may be negative"
-            )
+        if self.learn_steps < 0:
+            raise ExperimentError(f"learn_steps is {self.learn_steps}; it must not be negative")
         if not self.cutoffs or min(self.cutoffs) <= 0:
             raise ExperimentError(f"cutoffs are {self.cutoffs}; give positive ones")
 
-    @property
-    def kernels(self) -> int:
-        """Of each dictionary."""
-        return 2 * self.orientations * self.bandwidths
-
 
 @dataclasses.dataclass(frozen=True)
-class DownstreamConfig(ImageConfig):
+class DownstreamConfig(CodingConfig, ImageConfig):
     """Settings of `python -m experiments.kernel_heterogeneity --variant downstream`."""
 
     preset: str = "downstream"
@@ -118,18 +135,6 @@ class DownstreamConfig(ImageConfig):
     """Images are coded at so many times their side, and their maps shrunk to it."""
     lam: float = 5e-3
     """Weight of the l1 norm: the study's .01 times its factor of .5."""
-    relax: float = 1.8
-    """Relaxation of ADMM."""
-    iterations: int = 100
-    """Of the study's solver, at most."""
-    tol: float = 1e-4
-    """At which it stops."""
-    size: int = 12
-    """Side of a kernel in pixels."""
-    orientations: int = 12
-    """Of the heterogeneous dictionary."""
-    bandwidths: int = 6
-    """Of the heterogeneous dictionary, 5 degrees apart; the homogeneous one has as many kernels."""
     cutoffs: tuple[float, ...] = (0.0, 0.5)
     """Sizes below which coefficients are dropped; classifiers are trained at each of them."""
 
@@ -137,17 +142,10 @@ class DownstreamConfig(ImageConfig):
         super().__post_init__()
         if self.is_mlp:
             raise ExperimentError("model is mlp; name a backbone, which takes maps")
-        if self.enlarge < 1:
-            raise ExperimentError(f"enlarge is {self.enlarge}; it must be at least 1")
+        self.check_positive("enlarge")
         if not self.cutoffs or min(self.cutoffs) < 0 or len(set(self.cutoffs)) < len(self.cutoffs):
             raise ExperimentError(f"cutoffs are {self.cutoffs}; give different ones from 0")
         check_rates(self.learning_rates)
-        self.coding()
-
-    def coding(self) -> Config:
-        """How the images are coded."""
-        same = ("lam", "relax", "iterations", "tol", "size", "orientations", "bandwidths")
-        return Config(**{name: getattr(self, name) for name in same})
 
 
 PRESETS = {

@@ -7,13 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 import sparsejax as sj
 from experiments.harness.abstract_training import (
+    PAPER_SIDE,
     abstract_images,
-    missing_images,
     trace_training,
 )
 from experiments.harness.arms import (
@@ -26,20 +25,18 @@ from experiments.harness.arms import (
     run_arms,
 )
 from experiments.harness.config import Claim, ExperimentError, Result
+from experiments.harness.data import missing_dataset
 from experiments.harness.data.images import ImageData, load_images
+from experiments.harness.digits import static_settings
 from experiments.harness.images import Method, backbone_builder, compile_trainer, train_backbone
 from experiments.harness.progress import mean_and_deviation
 from experiments.harness.rows import over_batches
 from experiments.harness.run import Run
 from experiments.harness.sharding import make_mesh
-from experiments.kernel_heterogeneity.coding import dictionaries, encode
-from experiments.kernel_heterogeneity.config import (
-    LABELS,
-    SLUG,
-    STUDY,
-    Config,
-    DownstreamConfig,
-)
+from experiments.harness.training import size_of
+from experiments.kernel_heterogeneity.coding import dictionaries, encode_as_studied
+from experiments.kernel_heterogeneity.config import LABELS, SLUG, DownstreamConfig
+from experiments.kernel_heterogeneity.report import make_card
 from sparsejax.coding import local_contrast_normalise
 
 NAMES = ("full", "thin")
@@ -55,12 +52,12 @@ def run_downstream(config: DownstreamConfig, run: Run) -> Result:
 
     @functools.lru_cache(maxsize=1)
     def coded(name: str) -> dict[float, tuple[ImageData, float]]:
-        return code_images(config, data, dictionaries(config.coding())[name])
+        return code_images(config, data, dictionaries(config)[name])
 
     @functools.cache
     def trainer() -> Any:
-        maps = as_maps(config, data, (), (), data.examples)
-        return compile_trainer(config, maps, method_for(config, maps), mesh)
+        maps = as_maps(config, data)
+        return compile_trainer(config, maps, Method(backbone_builder(config, maps)), mesh)
 
     def train(arm: str, rate: float, seed: int) -> dict[str, Any]:
         name, cutoff = arms[arm]
@@ -83,44 +80,24 @@ def run_downstream(config: DownstreamConfig, run: Run) -> Result:
          "test_loss": ("test loss", 3)},
     )  # fmt: skip
     print_table(run, table)
-    card = sj.SparsityCard(
-        what=sj.WhatIsSparse.ACTIVATIONS,
-        granularity=sj.Granularity.UNSTRUCTURED,
-        timing=sj.Timing.DURING,
-        path=sj.TrainingPath.SPARSE_TO_SPARSE,
-        dynamics=sj.MaskDynamics.DYNAMIC,
-        allocation=sj.Allocation.GLOBAL,
-        criterion=sj.Criterion.MAGNITUDE,
-        gradient=sj.GradientRule.MASKED,
-        seeds=config.seeds,
-        budget=f"{config.epochs} epochs for every arm, each at its best of "
-        f"{len(config.learning_rates)} learning rates",
-        simulated=True,
+    budget = (
+        f"{config.epochs} epochs for every arm, each at its best of "
+        f"{len(config.learning_rates)} learning rates"
     )
+    card = make_card(config, sj.Timing.DURING, budget)
     return Result(make_claims(config, found), card, as_metrics(found), (table,))
 
 
-def method_for(config: DownstreamConfig, maps: ImageData) -> Method:
-    """Plain training of the backbone on these maps."""
-    build = backbone_builder(config, maps)
-
-    def built(rngs: nnx.Rngs) -> nnx.Module:
-        return build(rngs)
-
-    return Method(built)
-
-
 def as_maps(
-    config: DownstreamConfig, data: ImageData, train: Any, test: Any, examples: int
+    config: DownstreamConfig, data: ImageData, train: Any = (), test: Any = ()
 ) -> ImageData:
     """The dataset with maps for images, which training shall take as they are."""
-    kernels = config.coding().kernels
+    kernels = config.kernels
     return dataclasses.replace(
         data,
         channels=kernels,
         train=train,
         test=test,
-        examples=examples,
         mean=np.zeros(kernels, np.float32),
         deviation=np.full(kernels, 1 / 255, np.float32),  # pixels would be divided by 255
     )
@@ -145,11 +122,7 @@ def code_images(
             f"enlarge is {config.enlarge}: images of {frame} pixels are coded, of which kernels "
             f"and the local norm need {least}"
         )
-    settings = config.coding()
-    cutoffs = jnp.asarray(config.cutoffs, jnp.float32)
-    code = functools.partial(
-        maps_of, filters=filters, cutoffs=cutoffs, enlarge=config.enlarge, config=settings
-    )
+    code = functools.partial(maps_of, filters=filters, config=static_settings(config))
     train, test = (
         over_batches(code, part["image"], size=_CHUNK) for part in (data.train, data.test)
     )
@@ -163,19 +136,17 @@ def code_images(
             {"image": maps["maps"][:, i] / scale, "label": part["label"]}
             for maps, part in ((train, data.train), (test, data.test))
         )
-        images = as_maps(config, data, trained, held, data.examples)
+        images = as_maps(config, data, trained, held)
         found[cutoff] = (images, float(train["active"][:, i].mean()))
     return found
 
 
-@functools.partial(jax.jit, static_argnames=("enlarge", "config"))
+@functools.partial(jax.jit, static_argnames="config")
 def maps_of(
     images: UInt8[Array, "n h w c"],
     *,
     filters: Float[Array, "kh kw m"],
-    cutoffs: Float[Array, " cuts"],
-    enlarge: int,
-    config: Config,
+    config: DownstreamConfig,
 ) -> dict[str, Array]:
     """Codes of the study's solver, those below a cutoff dropped, shrunk to the images' sides.
 
@@ -184,9 +155,9 @@ def maps_of(
     """
     n, h, w, _ = images.shape
     grey = jnp.mean(images.astype(jnp.float32) / 255, axis=-1)
-    large = jax.image.resize(grey, (n, h * enlarge, w * enlarge), "bilinear")
+    large = jax.image.resize(grey, (n, h * config.enlarge, w * config.enlarge), "bilinear")
     ready = jax.vmap(lambda image: local_contrast_normalise(image)[0])(large)
-    codes = encode(ready, filters, solver=STUDY, config=config)
+    codes = encode_as_studied(ready, filters, config)
 
     def dropped(cutoff: Array) -> tuple[Array, Array]:
         kept = jnp.where(jnp.abs(codes) < cutoff, 0, codes)
@@ -194,7 +165,7 @@ def maps_of(
         shape = (n, h, w, codes.shape[-1])
         return jax.image.resize(kept, shape, "bilinear").astype(jnp.float16), active
 
-    maps, active = jax.lax.map(dropped, cutoffs)
+    maps, active = jax.lax.map(dropped, jnp.asarray(config.cutoffs, jnp.float32))
     return {"maps": jnp.moveaxis(maps, 0, 1), "active": active.T}
 
 
@@ -239,18 +210,17 @@ def make_claims(config: DownstreamConfig, found: Found) -> tuple[Claim, ...]:
 
 def check_downstream(config: DownstreamConfig) -> list[str]:
     """Traces the coding and a training step on the paper's images; nothing if they are there."""
-    missing = missing_images(config)
+    missing = missing_dataset(config.dataset, PAPER_SIDE)
     if missing is None:
         return []
-    data, settings = abstract_images(config), config.coding()
+    data = abstract_images(config)
     pixels = jax.ShapeDtypeStruct((_CHUNK, data.side, data.side, data.channels), jnp.uint8)
-    filters = jax.ShapeDtypeStruct((config.size, config.size, settings.kernels), jnp.float32)
-    cutoffs = jax.ShapeDtypeStruct((len(config.cutoffs),), jnp.float32)
-    trace = functools.partial(maps_of, enlarge=config.enlarge, config=settings)
-    maps = jax.eval_shape(trace, pixels, filters=filters, cutoffs=cutoffs)["maps"]
-    given = as_maps(config, data, (), (), data.examples)
-    step = trace_training(config, method_for(config, given), given)
-    size = sum(leaf.size for leaf in jax.tree.leaves(step.params))
+    filters = jax.ShapeDtypeStruct((config.size, config.size, config.kernels), jnp.float32)
+    trace = functools.partial(maps_of, config=static_settings(config))
+    maps = jax.eval_shape(trace, pixels, filters=filters)["maps"]
+    given = as_maps(config, data)
+    step = trace_training(config, Method(backbone_builder(config, given)), given)
+    size = size_of(step.params)
     setting = (
         f"paper setting: {config.model} on codes {maps.shape[2:]} of {config.dataset}, {size:,} "
         f"parameters, {config.epochs} epochs with {config.batch} images"

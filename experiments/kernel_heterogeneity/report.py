@@ -7,13 +7,38 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import mannwhitneyu
 
+import sparsejax as sj
 from experiments.harness.config import Claim, Table
 from experiments.harness.plots import COLORS, DASHES, new_figure, save
 from experiments.harness.progress import mean_and_deviation
 from experiments.harness.run import Run
-from experiments.kernel_heterogeneity.config import LABELS, MINIMUM, SOLVERS, STUDY, Config
+from experiments.kernel_heterogeneity.config import (
+    LABELS,
+    MINIMUM,
+    SOLVERS,
+    STUDY,
+    CodingConfig,
+    Config,
+)
 
 Found = Mapping[str, Mapping[str, Any]]  # by solver and dictionary: a list over seeds by metric
+
+
+def make_card(config: CodingConfig, timing: sj.Timing, budget: str) -> sj.SparsityCard:
+    """The card of sparse codes, which are what is sparse in both variants."""
+    return sj.SparsityCard(
+        what=sj.WhatIsSparse.ACTIVATIONS,
+        granularity=sj.Granularity.UNSTRUCTURED,
+        timing=timing,
+        path=sj.TrainingPath.SPARSE_TO_SPARSE,
+        dynamics=sj.MaskDynamics.DYNAMIC,
+        allocation=sj.Allocation.GLOBAL,
+        criterion=sj.Criterion.MAGNITUDE,
+        gradient=sj.GradientRule.MASKED,
+        seeds=config.seeds,
+        budget=budget,
+        simulated=True,
+    )
 
 
 def as_table(config: Config, found: Found) -> Table:

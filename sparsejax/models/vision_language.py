@@ -138,10 +138,8 @@ class VisionLanguage(nnx.Module):
     ) -> tuple[Float[Array, "b t outputs"], list[PyTree]]:
         """As `__call__`, and what `watch` makes of each layer."""
         x, positions = self._embedded(patches, tokens, markers)
-        rope, everything = (
-            rope_tables(self.config.decoder, positions),
-            jnp.ones(positions.shape, bool),
-        )
+        rope = rope_tables(self.config.decoder, positions)
+        everything = jnp.ones(positions.shape, bool)
         seen = []
         for i, block in enumerate(self.blocks):
             valid = everything if keep is None else keep | jnp.asarray(i <= after)

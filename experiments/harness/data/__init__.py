@@ -4,7 +4,13 @@ from experiments.harness.data.arrays import load_arrays
 from experiments.harness.data.batches import epoch_batches, validation_windows, window_batches
 from experiments.harness.data.builders import PROJECT_DATASETS
 from experiments.harness.data.errors import DatasetError
-from experiments.harness.data.load import data_dir, load_source, open_builder, prepare
+from experiments.harness.data.load import (
+    data_dir,
+    load_source,
+    missing_dataset,
+    open_builder,
+    prepare,
+)
 from experiments.harness.data.text import (
     TextCorpus,
     TokenizedText,
@@ -36,6 +42,7 @@ __all__ = [
     "get_tokenizer",
     "load_arrays",
     "load_source",
+    "missing_dataset",
     "open_builder",
     "prepare",
     "tokenize",

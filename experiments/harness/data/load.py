@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,24 @@ def open_builder(name: str, *, data_dir: str | os.PathLike[str] | None = None) -
             raise missing(parsed, root)
     with quiet_tfds() as tfds:
         return tfds.builder_from_directory(folder)
+
+
+def missing_dataset(name: str, papers: Collection[str]) -> str | None:
+    """Why a dataset is not there, or None where it is; for settings that are then only built.
+
+    Args:
+      papers: names that need not be there.
+
+    Raises:
+      DatasetError: another dataset is not there.
+    """
+    try:
+        open_builder(name)
+    except DatasetError as error:
+        if name not in papers:
+            raise
+        return str(error)
+    return None
 
 
 def prepare(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Path:
