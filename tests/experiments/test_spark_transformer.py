@@ -171,15 +171,8 @@ def test_rows_are_parsed():
         (["--preset", "paper", "--dataset", "nowhere"], "nowhere"),
     ],
 )
-def test_bad_input_is_one_clear_line(arguments, message, tmp_path, capsys):
-    preset = [] if "--preset" in arguments else ["--preset", "test"]
-    with pytest.raises(SystemExit) as stop:
-        cli.main(EXPERIMENT, [*preset, "--out", str(tmp_path), *arguments])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert message in error
+def test_bad_input_is_one_clear_line(arguments, message, error_of):
+    assert message in error_of(EXPERIMENT, arguments)
 
 
 def test_flags_choose_arms():
