@@ -11,7 +11,8 @@ SLUG = "cast_llama"
 PROJECTIONS = r"_proj/kernel$"
 ONE_SHOT = ("magnitude", "wanda", "sparsegpt")
 TRAINED = ("dense", "naive", "srste", "ast", "maskllm", "cast")
-RETRAINED = {"wanda_retrained": "wanda", "sparsegpt_retrained": "sparsegpt"}
+# trained with their masks held, and what these masks are from
+HELD = {"naive": "magnitude", "sparsegpt_retrained": "sparsegpt", "wanda_retrained": "wanda"}
 LABELS = {
     "magnitude": "magnitude, one-shot",
     "wanda": "Wanda, one-shot",
@@ -114,7 +115,7 @@ PRETRAINED = Config(
     learning_rates=(2.5e-4,),
     schedule="wsd",
     l1_decay=1e-4,
-    methods=(*ONE_SHOT, "cast", "naive"),
+    methods=(*ONE_SHOT, "cast"),
     calibration=32,
     eval_windows=24,
     log_every=50,
@@ -137,8 +138,8 @@ PRESETS = {
         force=True,
     ),
     "pretrained": PRETRAINED,
-    # the same for two starting masks more, as long again
-    "retrained": dataclasses.replace(PRETRAINED, preset="retrained", methods=tuple(RETRAINED)),
+    # the same for masks that are held, as long again for each
+    "retrained": dataclasses.replace(PRETRAINED, preset="retrained", methods=tuple(HELD)),
     "paper": Config(
         preset="paper",
         model="llama-2-7b",

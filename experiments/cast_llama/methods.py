@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import sparsejax as sj
-from experiments.cast_llama.config import PROJECTIONS, RETRAINED, Config
+from experiments.cast_llama.config import HELD, PROJECTIONS, Config
 from experiments.harness.language import cross_entropy, rate_shape
 from sparsejax import weights
 
@@ -81,7 +81,7 @@ def build_methods(config: Config) -> Mapping[str, Method]:
             rate, decay=ramp, pattern=config.nm, mask_period=config.mask_period, where=where
         )
 
-    def retrained(begin: str) -> Method:
+    def held(begin: str) -> Method:
         return Method(only_weights, held_masks, weights_of, keep_masks, eta=config.eta, begin=begin)
 
     return {
@@ -91,8 +91,7 @@ def build_methods(config: Config) -> Mapping[str, Method]:
             weights_of,
             lambda state, dense: (weights_of(state, dense), sj.dense_masks(dense)),
         ),
-        "naive": retrained("magnitude"),
-        **{name: retrained(begin) for name, begin in RETRAINED.items()},
+        **{name: held(begin) for name, begin in HELD.items()},
         "srste": Method(
             only_weights,
             adam,

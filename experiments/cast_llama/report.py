@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 import sparsejax as sj
-from experiments.cast_llama.config import LABELS, ONE_SHOT, TRAINED, Config
+from experiments.cast_llama.config import HELD, LABELS, ONE_SHOT, TRAINED, Config
 from experiments.cast_llama.trials import Trial, mean_after
 from experiments.harness.checkpoints import Checkpoints
 from experiments.harness.config import Claim, Table
@@ -107,12 +107,26 @@ def make_claims(
                 config.seeds,
             )
         )
+    held = {n: mean_after(best[n]) for n in HELD if n in best and n != "naive"}
+    if held and "naive" in best and not cast:
+        criteria = [LABELS[HELD[n]].removesuffix(", one-shot") for n in held]
+        claims.append(
+            Claim(
+                f"masks of {' and of '.join(criteria)} at {config.pattern}, held while the weights "
+                "are trained with the teacher, end at a lower perplexity than magnitude's",
+                max(held.values()) < mean_after(best["naive"]),
+                f"{', '.join(f'{value:.3f}' for value in held.values())}, the dense model before "
+                f"training {dense:.3f}",
+                mean_and_deviation([t.after for t in best["naive"]]),
+                config.seeds,
+            )
+        )
     if not claims:  # a run of a few methods only
         name, found = min(best.items(), key=lambda item: mean_after(item[1]))
         claims.append(
             Claim(
-                f"{LABELS[name]} at {config.pattern} stays within 0.1 of the dense model's "
-                "perplexity",
+                f"{LABELS[name]} at {config.pattern} stays within 0.1 of the perplexity of the "
+                "dense model before training",
                 mean_after(found) <= dense + 0.1,
                 mean_and_deviation([t.after for t in found]),
                 f"{dense:.3f} (dense)",
@@ -126,7 +140,7 @@ def draw(config: Config, run: Run, trials: list[Trial], best: dict[str, list[Tri
     """Three figures: loss, share of groups in the pattern, weight magnitudes."""
     if not run.is_main:
         return
-    trained = {name: found for name, found in best.items() if name in TRAINED}
+    trained = {name: found for name, found in best.items() if name not in ONE_SHOT}
 
     def curves(metric: str) -> dict[str, list[tuple[Any, Any]]]:
         drawn = {}
@@ -137,7 +151,8 @@ def draw(config: Config, run: Run, trials: list[Trial], best: dict[str, list[Tri
             ]
         return drawn
 
-    names = [LABELS[name] for name in reversed(TRAINED)]
+    order = (*reversed(TRAINED), *(name for name in HELD if name not in TRAINED))
+    names = [LABELS[name] for name in order]
     seeds = f"mean of {config.seeds} seeds, band from lowest to highest"
     if trained:
         figure, axes = new_figure(

@@ -16,6 +16,8 @@ import pytest
 
 from experiments.cast_llama.__main__ import EXPERIMENT, check
 from experiments.cast_llama.config import PRESETS, Config
+from experiments.cast_llama.report import make_claims
+from experiments.cast_llama.trials import Trial, best_rates
 from experiments.harness import cli
 from experiments.harness.run import execute
 from sparsejax.weights import load_compact
@@ -86,6 +88,32 @@ def test_the_whole_experiment(out, capsys):
         groups = np.asarray(kernel != 0).reshape(2, -1, 4, kernel.shape[-1])
         assert groups.sum(2).max() <= 2
     assert result.claims[0].seeds == 2
+
+
+@pytest.mark.parametrize(
+    ("after", "words", "holds"),
+    [
+        ({"cast": 3.4, "naive": 3.5, "sparsegpt": 4.0}, ["CAST at 2:4 beats", "closest"], [1, 1]),
+        ({"cast": 3.6, "naive": 3.5, "srste": 3.7}, ["beats", "closest"], [0, 0]),
+        ({"cast": 3.6, "sparsegpt": 4.0}, ["closer to dense than pruning at once"], [1]),
+        ({"cast": 3.6, "sparsegpt_retrained": 3.5}, ["closest to dense"], [0]),
+        ({"naive": 3.5, "wanda_retrained": 3.4}, ["masks of Wanda at 2:4, held"], [1]),
+        (
+            {"naive": 3.5, "wanda_retrained": 3.6, "sparsegpt_retrained": 3.2},
+            ["masks of SparseGPT and of Wanda at 2:4, held"],
+            [0],
+        ),
+        ({"sparsegpt_retrained": 3.08}, ["stays within 0.1 of"], [1]),
+        ({"naive": 3.5}, ["stays within 0.1 of"], [0]),
+    ],
+)
+def test_claims_are_computed_from_the_figures(after, words, holds):
+    rate = PRESETS["pretrained"].learning_rates[0]
+    trials = [Trial(n, rate, 0, value, value, 1.0, None, None) for n, value in after.items()]
+    claims = make_claims(PRESETS["pretrained"], 3.0, trials, best_rates(trials))
+    assert [claim.holds for claim in claims] == [bool(held) for held in holds]
+    for word, claim in zip(words, claims, strict=True):
+        assert word in claim.sentence
 
 
 def test_the_dense_model_is_kept_for_later_runs(out, capsys):
