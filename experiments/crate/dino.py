@@ -21,10 +21,11 @@ from experiments.crate.measures import (
     share_images,
     unnormalised,
 )
-from experiments.crate.training import Objective, check_images, image_trainer
+from experiments.crate.training import check_images, image_trainer
 from experiments.harness.arms import Found, as_metrics, best_rate, mean, print_table, run_arms
 from experiments.harness.config import Claim, Result
 from experiments.harness.data.images import ImageData, load_images
+from experiments.harness.objective import Objective
 from experiments.harness.progress import mean_and_deviation
 from experiments.harness.rows import over_batches
 from experiments.harness.run import Run
@@ -151,7 +152,7 @@ def objective(config: DinoConfig, network: Network, data: ImageData, steps: int)
         flat = network.logits(params, views.reshape(-1, *views.shape[2:]))
         return flat.reshape(*views.shape[:2], -1)
 
-    def loss(params: PyTree, memory: PyTree, batch: Any, key: PRNGKeyArray) -> tuple[Array, PyTree]:
+    def loss(params: PyTree, memory: PyTree, batch: Any, key: PRNGKeyArray) -> tuple[Array, Any]:
         views = make_views(key, normalised(batch["image"], data), config)
         teacher = all_logits(memory["teacher"], views[:GLOBAL_VIEWS])
         if centred:
@@ -161,7 +162,8 @@ def objective(config: DinoConfig, network: Network, data: ImageData, steps: int)
         else:
             targets = sinkhorn_targets(teacher, temperature=sharp)
         student = all_logits(params, views)
-        return dino_loss(student, targets, temperature=config.student_temperature), memory
+        value = dino_loss(student, targets, temperature=config.student_temperature)
+        return value, (memory, {})
 
     def remember(memory: PyTree, params: PyTree, count: Array) -> PyTree:
         left = 0.5 * (1 + jnp.cos(jnp.pi * count / steps))

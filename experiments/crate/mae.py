@@ -20,7 +20,7 @@ from experiments.crate.measures import (
     share_images,
     unnormalised,
 )
-from experiments.crate.training import Objective, check_images, image_trainer
+from experiments.crate.training import check_images, image_trainer
 from experiments.harness.arms import (
     Found,
     arms_table,
@@ -33,6 +33,7 @@ from experiments.harness.arms import (
 from experiments.harness.config import Claim, Result
 from experiments.harness.data.images import ImageData, load_images
 from experiments.harness.images import augmented
+from experiments.harness.objective import Objective
 from experiments.harness.progress import mean_and_deviation
 from experiments.harness.rows import over_batches
 from experiments.harness.run import Run
@@ -191,7 +192,7 @@ def objective(config: MaeConfig, model: Autoencoder, data: ImageData, patches: i
         shift, drop = jax.random.split(key)
         images = augmented(shift, normalised(batch["image"], data), config)
         noise = jax.random.uniform(drop, (len(images), patches))
-        return jnp.mean(model.errors(params, images, noise)), memory
+        return jnp.mean(model.errors(params, images, noise)), (memory, {})
 
     return Objective(lambda key: (model.init(key), ()), loss)
 

@@ -14,7 +14,6 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from experiments.crate.config import DATASET, SLUG, TextConfig
 from experiments.crate.figures import make_card
-from experiments.crate.training import Objective, compile_training, host_batch, traced
 from experiments.harness.arms import (
     Found,
     arms_table,
@@ -32,6 +31,13 @@ from experiments.harness.data import (
     window_batches,
 )
 from experiments.harness.decoder_arms import load_text
+from experiments.harness.objective import (
+    Objective,
+    adamw_cosine,
+    compile_training,
+    host_batch,
+    traced,
+)
 from experiments.harness.plots import draw_curves, new_figure, save
 from experiments.harness.progress import mean_and_deviation
 from experiments.harness.rows import over_batches
@@ -161,18 +167,19 @@ def objective(config: TextConfig, build: Build) -> Objective:
 
     def loss(params: PyTree, memory: Any, batch: Any, key: PRNGKeyArray) -> tuple[Array, Any]:
         nats, count = window_losses(config, graph, params, batch, key)
-        return jnp.sum(nats) / jnp.maximum(jnp.sum(count), 1), memory
+        return jnp.sum(nats) / jnp.maximum(jnp.sum(count), 1), (memory, {})
 
     return Objective(lambda key: (nnx.state(build(key)), ()), loss)
 
 
 def optimizer(config: TextConfig, peak: Array) -> optax.GradientTransformation:
     """AdamW with a warm-up and a cosine to 0."""
-    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, config.warmup, config.steps)
-    rate = lambda count: peak * shape(count)  # noqa: E731
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=config.weight_decay),
+    return adamw_cosine(
+        peak,
+        warmup=config.warmup,
+        steps=config.steps,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
     )
 
 
@@ -267,7 +274,7 @@ def check_text(config: TextConfig) -> list[str]:
     built = []
     for arm, label in labels_of(config, arms).items():
         goal = objective(config, arms[arm])
-        state = traced(goal, functools.partial(optimizer, config), windows)
+        state, _ = traced(goal, functools.partial(optimizer, config), windows)
         built.append(f"{label}: {size_of(state['params']):,} parameters, one training step traced")
     setting = (
         f"paper setting: {config.preset}, {config.layers} blocks of width {config.d_model}, "

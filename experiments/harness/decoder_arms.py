@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 
 import sparsejax as sj
 from experiments.harness.config import ExperimentError, RunConfig, check_rates
@@ -30,8 +29,16 @@ from experiments.harness.data import (
     validation_windows,
     window_batches,
 )
+from experiments.harness.objective import (
+    Objective,
+    Training,
+    adamw_cosine,
+    compile_training,
+    host_batch,
+    traced,
+)
 from experiments.harness.run import Run
-from experiments.harness.sharding import make_mesh, state_shardings
+from experiments.harness.sharding import make_mesh
 from experiments.harness.training import size_of, train
 from sparsejax.models import Llama, LlamaConfig, param_specs
 
@@ -188,25 +195,26 @@ def decoder_runner(
     run: Run, slug: str, config: DecoderConfig, text: TokenizedText, arms: Mapping[str, Arm]
 ) -> Callable[[str, float, int], Trained]:
     """Builds `train(arm, rate, seed)`, which compiles once an arm and resumes what was stopped."""
-    mesh = make_mesh(config.mesh)
-    if config.batch % jax.process_count():
-        raise ExperimentError(
-            f"batch is {config.batch}; {jax.process_count()} processes must divide it"
-        )
+    mesh, batch = make_mesh(config.mesh), host_batch(config.batch, len(text.train) - config.seq_len)
     windows = validation_windows(text.validation, config.seq_len)
     windows = windows[: config.eval_windows or None]
-    trainers = {name: _Trainer(config, arm, mesh) for name, arm in arms.items()}
-    hosts = (jax.process_index(), jax.process_count())
+    optimizer = functools.partial(_optimizer, config)
+
+    @functools.cache
+    def compiled(name: str) -> tuple[Training, Any]:
+        training = compile_training(_objective(arms[name]), optimizer, mesh, specs=_specs)
+        return training, _evaluation(arms[name])
 
     def run_one(name: str, rate: float, seed: int) -> Trained:
-        trainer, trial = trainers[name], f"{name}-lr{rate:g}-seed{seed}"
+        training, evaluate = compiled(name)
+        trial = f"{name}-lr{rate:g}-seed{seed}"
         draw = functools.partial(window_batches, text.train, seq_len=config.seq_len, seed=seed)
-        batches = draw(batch=config.batch // hosts[1], shard=hosts)
+        batches = draw(batch=batch, shard=(jax.process_index(), jax.process_count()))
         state = train(
             run,
             trial,
-            state=trainer.init(seed, rate),
-            step=trainer.step,
+            state=training.init(seed, rate),
+            step=training.step,
             batches=batches,
             steps=config.steps,
             mesh=mesh,
@@ -216,8 +224,8 @@ def decoder_runner(
         whole = draw(batch=config.batch)  # those of all hosts: each measures the same
         whole.set_state(batches.get_state())
         following = np.concatenate([next(whole) for _ in range(10)])
-        test_loss, test = trainer.evaluate(params, windows)
-        _, seen = trainer.evaluate(params, following)
+        test_loss, test = evaluate(params, windows)
+        _, seen = evaluate(params, following)
         lines = run.metrics(trial)
         names = [k for k in (lines[0] if lines else {}) if k != "trial"]
         curves = {k: [line[k] for line in lines] for k in names}
@@ -233,81 +241,62 @@ def as_arm(found: Trained) -> dict[str, Any]:
     return {"test_loss": found.test_loss, **test, **seen, "curves": found.curves}
 
 
-class _Trainer:
-    """Compiled functions of an arm, shared by its seeds and learning rates."""
+def _objective(arm: Arm) -> Objective:
+    """An arm's cross-entropy and penalty; the penalty's state is what is remembered."""
+    graph = _graph_of(arm)
 
-    def __init__(self, config: DecoderConfig, arm: Arm, mesh: Mesh | None):
-        self._arm, self._config = arm, config
-        self._graph = nnx.split(nnx.eval_shape(lambda: Llama(arm.model, rngs=nnx.Rngs(0))))[0]
-        layout = None
-        if mesh is not None:
-            state = jax.eval_shape(self._initial, jax.random.key(0), 0.0)
-            specs = dict(sj.named_leaves(param_specs(state["params"])))
-            layout = state_shardings(state, specs, mesh)
-        self._init = jax.jit(self._initial, out_shardings=layout)
-        outputs = None if layout is None else (layout, None)
-        self.step = jax.jit(self._step, out_shardings=outputs, donate_argnums=0)
-        self._evaluate = jax.jit(self._measured)
+    def loss(params: Any, memory: Any, windows: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
+        losses, details = _forward(graph, params, windows)
+        found = {"loss": jnp.mean(losses), **arm.observe(details)}
+        if arm.penalty is None:
+            return found["loss"], (memory, found)
+        extra, memory, more = arm.penalty.apply(details, memory)
+        return found["loss"] + extra, (memory, found | more)
 
-    def init(self, seed: int, rate: float) -> Any:
-        """The state before training."""
-        return self._init(jax.random.key(seed), jnp.float32(rate))
+    memory = () if arm.penalty is None else arm.penalty.init
+    return Objective(lambda key: (nnx.state(Llama(arm.model, rngs=nnx.Rngs(key))), memory), loss)
 
-    def _initial(self, key: jax.Array, rate: Any) -> Any:
-        params = nnx.state(Llama(self._arm.model, rngs=nnx.Rngs(key)))
-        state = {"params": params, "opt": self._optimizer(rate).init(params)}
-        state["rate"] = jnp.asarray(rate, jnp.float32)
-        state["penalty"] = () if self._arm.penalty is None else self._arm.penalty.init
-        return state
 
-    def _optimizer(self, rate: Any) -> optax.GradientTransformation:
-        config = self._config
-        shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, config.warmup, config.steps)
-        return optax.chain(
-            optax.clip_by_global_norm(1.0),
-            optax.adamw(
-                lambda count: rate * shape(count), b1=0.9, b2=0.95, weight_decay=config.weight_decay
-            ),
-        )
+def _optimizer(config: DecoderConfig, peak: jax.Array) -> optax.GradientTransformation:
+    return adamw_cosine(
+        peak, warmup=config.warmup, steps=config.steps, weight_decay=config.weight_decay
+    )
 
-    def _forward(self, params: Any, windows: jax.Array) -> tuple[jax.Array, Details]:
-        """Losses of every prediction, and the details."""
-        model = nnx.merge(self._graph, params)
-        hidden, details = model.detailed(windows[:, :-1])
-        logits = model.logits(hidden)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
-        return losses, details
 
-    def _step(self, state: Any, windows: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
-        arm = self._arm
+def _graph_of(arm: Arm) -> Any:
+    return nnx.split(nnx.eval_shape(lambda: Llama(arm.model, rngs=nnx.Rngs(0))))[0]
 
-        def loss(params: Any) -> tuple[jax.Array, Any]:
-            losses, details = self._forward(params, windows)
-            found, kept = {"loss": jnp.mean(losses), **arm.observe(details)}, state["penalty"]
-            total = found["loss"]
-            if arm.penalty is not None:
-                extra, kept, more = arm.penalty.apply(details, kept)
-                total, found = total + extra, {**found, **more}
-            return total, (kept, found)
 
-        (_, (kept, found)), grads = jax.value_and_grad(loss, has_aux=True)(state["params"])
-        optimizer = self._optimizer(state["rate"])
-        updates, opt = optimizer.update(grads, state["opt"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        return {**state, "params": params, "opt": opt, "penalty": kept}, found
+def _forward(graph: Any, params: Any, windows: jax.Array) -> tuple[jax.Array, Details]:
+    """Losses of every prediction, and the details."""
+    model = nnx.merge(graph, params)
+    hidden, details = model.detailed(windows[:, :-1])
+    logits = model.logits(hidden)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]), details
 
-    def _measured(self, params: Any, windows: jax.Array) -> tuple[jax.Array, Any]:
-        losses, details = self._forward(params, windows)
-        return jnp.mean(losses), self._arm.observe(details)
 
-    def evaluate(self, params: Any, windows: np.ndarray) -> tuple[float, dict[str, float]]:
-        """Mean loss and observed numbers; of windows beyond a whole batch the last are left out."""
+def _specs(params: Any) -> dict[str, Any]:
+    return dict(sj.named_leaves(param_specs(params)))
+
+
+def _evaluation(arm: Arm) -> Callable[[Any, np.ndarray], tuple[float, dict[str, float]]]:
+    """Mean loss and observed numbers; of windows beyond a whole batch the last are left out."""
+    graph = _graph_of(arm)
+
+    @jax.jit
+    def measured(params: Any, windows: jax.Array) -> tuple[jax.Array, Any]:
+        losses, details = _forward(graph, params, windows)
+        return jnp.mean(losses), arm.observe(details)
+
+    def evaluate(params: Any, windows: np.ndarray) -> tuple[float, dict[str, float]]:
         size = min(64, len(windows))
         parts = [windows[i : i + size] for i in range(0, len(windows) - size + 1, size)]
-        found = [jax.device_get(self._evaluate(params, part)) for part in parts]
+        found = [jax.device_get(measured(params, part)) for part in parts]
         names = found[0][1]
         loss = float(np.mean([loss for loss, _ in found]))
         return loss, {name: float(np.mean([seen[name] for _, seen in found])) for name in names}
+
+    return evaluate
 
 
 def check_decoder(config: DecoderConfig, arm: Arm) -> list[str]:
@@ -315,11 +304,8 @@ def check_decoder(config: DecoderConfig, arm: Arm) -> list[str]:
 
     Returns lines that say what was built.
     """
-    trainer = _Trainer(config, arm, None)
-    state = jax.eval_shape(trainer.init, 0, 0.1)
     windows = jax.ShapeDtypeStruct((config.batch, config.seq_len + 1), jnp.int32)
-    after, found = jax.eval_shape(trainer.step, state, windows)
-    assert jax.tree.structure(after) == jax.tree.structure(state)
+    state, found = traced(_objective(arm), functools.partial(_optimizer, config), windows)
     size = size_of(state["params"])
     tokens = f"{config.batch} x {config.seq_len} tokens"
     return [f"{size:,} parameters; a step of {tokens} gives {', '.join(sorted(found))}"]
