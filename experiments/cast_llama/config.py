@@ -10,9 +10,9 @@ from experiments.harness.multiple_choice import LAYOUTS
 SLUG = "cast_llama"
 PROJECTIONS = r"_proj/kernel$"
 ONE_SHOT = ("magnitude", "wanda", "sparsegpt")
-TRAINED = ("dense", "naive", "srste", "ast", "maskllm", "cast")
 # trained with their masks held, and what these masks are from
 HELD = {"naive": "magnitude", "sparsegpt_retrained": "sparsegpt", "wanda_retrained": "wanda"}
+TRAINED = ("dense", *HELD, "srste", "ast", "maskllm", "cast")
 LABELS = {
     "magnitude": "magnitude, one-shot",
     "wanda": "Wanda, one-shot",

@@ -151,8 +151,7 @@ def draw(config: Config, run: Run, trials: list[Trial], best: dict[str, list[Tri
             ]
         return drawn
 
-    order = (*reversed(TRAINED), *(name for name in HELD if name not in TRAINED))
-    names = [LABELS[name] for name in order]
+    names = [LABELS[name] for name in reversed(TRAINED)]
     seeds = f"mean of {config.seeds} seeds, band from lowest to highest"
     if trained:
         figure, axes = new_figure(
