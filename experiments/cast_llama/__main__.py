@@ -11,6 +11,7 @@ from experiments.cast_llama.config import PRESETS, PROJECTIONS, SLUG, Config
 from experiments.cast_llama.methods import build_methods, magnitude_masks, make_trainer
 from experiments.cast_llama.report import (
     draw,
+    make_card,
     make_claims,
     print_samples,
     print_table,
@@ -76,20 +77,7 @@ def run(config: Config, run: Run) -> Result:
         "quantized": quantized,
         "questions": answers,
     }
-    card = sj.SparsityCard(
-        what=sj.WhatIsSparse.WEIGHTS,
-        granularity=sj.Granularity.N_M,
-        timing=sj.Timing.DURING,
-        path=sj.TrainingPath.DENSE_TO_SPARSE,
-        dynamics=sj.MaskDynamics.DYNAMIC,
-        allocation=sj.Allocation.UNIFORM,
-        criterion=sj.Criterion.MAGNITUDE,
-        gradient=sj.GradientRule.DENSE,
-        seeds=config.seeds,
-        budget=f"{config.steps} steps from one dense model, two learning rates each",
-        simulated=True,
-    )
-    return Result(claims, card, metrics, (table,))
+    return Result(claims, make_card(config), metrics, (table,))
 
 
 def check(config: Config) -> list[str]:

@@ -136,6 +136,25 @@ def make_claims(
     return tuple(claims)
 
 
+def make_card(config: Config) -> sj.SparsityCard:
+    """The card of CAST; where it is left out, of masks that are found once and held."""
+    cast = "cast" in config.methods
+    return sj.SparsityCard(
+        what=sj.WhatIsSparse.WEIGHTS,
+        granularity=sj.Granularity.N_M,
+        timing=sj.Timing.DURING if cast else sj.Timing.AFTER,
+        path=sj.TrainingPath.DENSE_TO_SPARSE,
+        dynamics=sj.MaskDynamics.DYNAMIC if cast else sj.MaskDynamics.STATIC,
+        allocation=sj.Allocation.UNIFORM,
+        criterion=sj.Criterion.MAGNITUDE if cast else sj.Criterion.SALIENCY,
+        gradient=sj.GradientRule.DENSE if cast else sj.GradientRule.MASKED,
+        seeds=config.seeds,
+        budget=f"{config.steps} steps from one dense model, each at its best of "
+        f"{len(config.learning_rates)} learning rate(s)",
+        simulated=True,
+    )
+
+
 def draw(config: Config, run: Run, trials: list[Trial], best: dict[str, list[Trial]]) -> None:
     """Three figures: loss, share of groups in the pattern, weight magnitudes."""
     if not run.is_main:
@@ -152,7 +171,7 @@ def draw(config: Config, run: Run, trials: list[Trial], best: dict[str, list[Tri
         return drawn
 
     names = [LABELS[name] for name in reversed(TRAINED)]
-    seeds = f"mean of {config.seeds} seeds, band from lowest to highest"
+    seeds = f"mean of {config.seeds} seed(s), band from lowest to highest"
     if trained:
         figure, axes = new_figure(
             f"Training loss on text, {seeds}", "training step", "cross-entropy (nats per token)"
