@@ -12,7 +12,7 @@ are trained as long with the same teacher.
 """
 
 MINUTES = {
-    "laptop": "10",
+    "laptop": "7",
     "pretrained": "an evening",
     "retrained": "an evening",
     "test": "1",
