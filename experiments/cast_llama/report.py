@@ -137,7 +137,7 @@ def make_claims(
 
 
 def is_lower(ours: list[Trial], theirs: list[Trial]) -> bool:
-    """Whether a method is ahead in every seed; one that was pruned at once has one trial for all."""
+    """Whether a method is ahead in every seed; pruning at once has one trial for all of them."""
     by_seed = {t.seed: t.after for t in theirs}
     return all(t.after < by_seed.get(t.seed, theirs[0].after) for t in ours)
 

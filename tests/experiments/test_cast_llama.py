@@ -95,7 +95,7 @@ def test_the_whole_experiment(out, capsys):
     [
         (
             {"cast": 3.4, "naive": 3.5, "sparsegpt": 4.0},
-            ["CAST at 2:4 beats", "every other"],
+            ["at 2:4 beats", "every other"],
             [1, 1],
         ),
         ({"cast": 3.6, "naive": 3.5, "srste": 3.7}, ["beats", "every other"], [0, 0]),
