@@ -12,7 +12,7 @@ are trained as long with the same teacher.
 """
 
 MINUTES = {
-    "laptop": "7",
+    "laptop": "10",
     "pretrained": "an evening",
     "retrained": "an evening",
     "test": "1",
