@@ -44,7 +44,7 @@ class Config(LanguageConfig):
     l1_decay: float = 5e-3
     """CAST's lambda."""
     eta: float = 1 / 3
-    """Share of the distillation term, for CAST and the fixed mask."""
+    """Share of the distillation term, for CAST and for masks that are held."""
     scale_groups: int = 2
     """CAST's scales for each output."""
     mask_period: int = 10

@@ -35,14 +35,13 @@ from experiments.harness.objective import (
     Objective,
     adamw_cosine,
     compile_training,
-    host_batch,
     traced,
 )
 from experiments.harness.plots import draw_curves, new_figure, save
 from experiments.harness.progress import mean_and_deviation
 from experiments.harness.rows import over_batches
 from experiments.harness.run import Run
-from experiments.harness.sharding import make_mesh
+from experiments.harness.sharding import host_batch, make_mesh
 from experiments.harness.training import size_of, train
 from sparsejax.models import CrateLM, CrateTextConfig, Gpt, GptConfig
 from sparsejax.models.encoder import Encoder, embedding
@@ -189,7 +188,7 @@ def trainer(
     """Builds `train(arm, rate, seed)`, which compiles once an arm."""
     mesh, windows = make_mesh(config.mesh), validation_windows(text.validation, config.seq_len)
     windows = windows[: config.eval_windows or None]
-    batch = host_batch(config.batch, len(text.train) - config.seq_len)
+    batch = host_batch(config.batch)
     shard = (jax.process_index(), jax.process_count())
     # masks of the validation windows are the same for every arm and seed
     keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(0), len(windows))))

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from experiments.crate.config import SLUG, ImagesConfig
 from experiments.crate.measures import share_images
 from experiments.harness.abstract_training import PAPER_SIDE, abstract_images
+from experiments.harness.config import ExperimentError
 from experiments.harness.data import missing_dataset
 from experiments.harness.data.images import ImageData
 from experiments.harness.images import learning_rate, make_optimizer
-from experiments.harness.objective import Objective, compile_training, host_batch, traced
+from experiments.harness.objective import Objective, compile_training, traced
 from experiments.harness.run import Run
-from experiments.harness.sharding import make_mesh
+from experiments.harness.sharding import host_batch, make_mesh
 from experiments.harness.training import size_of, train
 
 
@@ -58,7 +59,9 @@ def image_trainer(
         -> JSON values.
     """
     mesh, examples = make_mesh(config.mesh), share_images(config, data, 0).examples
-    batch, per_epoch = host_batch(config.batch, examples), examples // config.batch
+    batch, per_epoch = host_batch(config.batch), examples // config.batch
+    if not per_epoch:
+        raise ExperimentError(f"batch is {config.batch}; there are {examples} examples")
     steps = config.epochs * per_epoch
     training = compile_training(
         objective(steps),

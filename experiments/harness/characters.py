@@ -25,7 +25,7 @@ from experiments.harness.config import Claim, ExperimentError, RunConfig
 from experiments.harness.plots import draw_curves, new_figure, save
 from experiments.harness.progress import make_table, mean_and_deviation
 from experiments.harness.run import Run
-from experiments.harness.sharding import make_mesh
+from experiments.harness.sharding import host_batch, make_mesh
 from experiments.harness.training import train
 
 MODULES = ("argparse", "subprocess", "typing", "inspect")
@@ -117,12 +117,9 @@ class RandomWindows:
     """
 
     def __init__(self, text: np.ndarray, *, batch: int, seed: int):
-        hosts = jax.process_count()
-        if batch % hosts:
-            raise ExperimentError(f"batch is {batch}; {hosts} processes must divide it")
         self._windows = all_windows(text)
         self._batch, self._seed, self._number = batch, seed, 0
-        part = batch // hosts
+        part = host_batch(batch)
         self._rows = slice(jax.process_index() * part, (jax.process_index() + 1) * part)
 
     def __next__(self) -> np.ndarray:

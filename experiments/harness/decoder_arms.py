@@ -34,11 +34,10 @@ from experiments.harness.objective import (
     Training,
     adamw_cosine,
     compile_training,
-    host_batch,
     traced,
 )
 from experiments.harness.run import Run
-from experiments.harness.sharding import make_mesh
+from experiments.harness.sharding import host_batch, make_mesh
 from experiments.harness.training import size_of, train
 from sparsejax.models import Llama, LlamaConfig, param_specs
 
@@ -195,7 +194,7 @@ def decoder_runner(
     run: Run, slug: str, config: DecoderConfig, text: TokenizedText, arms: Mapping[str, Arm]
 ) -> Callable[[str, float, int], Trained]:
     """Builds `train(arm, rate, seed)`, which compiles once an arm and resumes what was stopped."""
-    mesh, batch = make_mesh(config.mesh), host_batch(config.batch, len(text.train) - config.seq_len)
+    mesh, batch = make_mesh(config.mesh), host_batch(config.batch)
     windows = validation_windows(text.validation, config.seq_len)
     windows = windows[: config.eval_windows or None]
     optimizer = functools.partial(_optimizer, config)

@@ -17,7 +17,7 @@ from experiments.harness import digits
 from experiments.harness.config import ExperimentError, RunConfig
 from experiments.harness.data.images import ImageData
 from experiments.harness.run import Run
-from experiments.harness.sharding import place_batch, state_shardings
+from experiments.harness.sharding import host_batch, place_batch, state_shardings
 from experiments.harness.training import train
 from sparsejax.models import (
     RESNET_SIZES,
@@ -315,11 +315,8 @@ def compile_trainer(
     """The training of a method on a dataset, jitted; whole on one device, or data over a mesh.
 
     Raises:
-      ExperimentError: a batch larger than the dataset, or that the processes do not divide.
+      ExperimentError: a batch larger than the dataset.
     """
-    hosts = jax.process_count()
-    if config.batch % hosts:
-        raise ExperimentError(f"batch is {config.batch}; {hosts} processes must divide it")
     steps = data.examples // config.batch
     if not steps:
         raise ExperimentError(f"batch is {config.batch}; there are {data.examples} images")
@@ -383,14 +380,14 @@ def train_backbone(
       `Method.measure` logged over the second half, and with `Method.masks` `flips`, the mask bits
       changed between the ends of epochs in all; and those of `after`.
     """
-    hosts, steps_per_epoch = jax.process_count(), trainer.steps_per_epoch
-    shard = (jax.process_index(), hosts)
+    steps_per_epoch = trainer.steps_per_epoch
+    shard = (jax.process_index(), jax.process_count())
     state = train(
         run,
         trial,
         state=trainer.init(seed, peak),
         step=trainer.step,
-        batches=data.batches(batch=config.batch // hosts, seed=seed, shard=shard),
+        batches=data.batches(batch=host_batch(config.batch), seed=seed, shard=shard),
         steps=config.epochs * steps_per_epoch,
         mesh=mesh,
         slug=slug,

@@ -28,7 +28,7 @@ from experiments.harness.data import (
     window_batches,
 )
 from experiments.harness.run import Run
-from experiments.harness.sharding import state_shardings
+from experiments.harness.sharding import host_batch, state_shardings
 from experiments.harness.training import train
 from sparsejax.core.selection import named_leaves
 from sparsejax.models import LLAMA_SIZES, Llama, LlamaConfig, llama_config, param_specs
@@ -112,13 +112,12 @@ class LanguageModel:
 
     def batches(self, config: LanguageConfig, seed: int) -> Any:
         """Random training windows, a host's part of each batch."""
-        hosts = jax.process_count()
         return window_batches(
             self.text.train,
             seq_len=config.seq_len,
-            batch=config.batch // hosts,
+            batch=host_batch(config.batch),
             seed=seed,
-            shard=(jax.process_index(), hosts),
+            shard=(jax.process_index(), jax.process_count()),
         )
 
     def shard(self, state: Any) -> Any:
@@ -193,10 +192,6 @@ def dense_model(run: Run, config: LanguageConfig, mesh: Mesh | None, *, slug: st
     It is kept in `<out>/<slug>/teachers/`, under a name made from the text and every setting that
     shapes it.
     """
-    if config.batch % jax.process_count():
-        raise ExperimentError(
-            f"batch is {config.batch}; {jax.process_count()} processes must divide it"
-        )
     text = load_text(config)
     sizes = model_config(config, text.vocab_size)
     graph, params = nnx.split(Llama(sizes, rngs=nnx.Rngs(config.seed)))

@@ -9,7 +9,6 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from experiments.harness.config import ExperimentError
 from experiments.harness.sharding import state_shardings
 
 Optimizer = Callable[[Array], optax.GradientTransformation]
@@ -117,16 +116,3 @@ def traced(
     """What a training step returns, state and metrics, as shapes; nothing is computed."""
     training = make_training(objective, optimizer)
     return jax.eval_shape(training.step, jax.eval_shape(training.init, 0, 0.1), batch)
-
-
-def host_batch(batch: int, examples: int) -> int:
-    """A process's part of a batch.
-
-    Raises ExperimentError for a batch that the processes do not divide, or beyond the examples.
-    """
-    hosts = jax.process_count()
-    if batch % hosts:
-        raise ExperimentError(f"batch is {batch}; {hosts} processes must divide it")
-    if batch > examples:
-        raise ExperimentError(f"batch is {batch}; there are {examples} examples")
-    return batch // hosts

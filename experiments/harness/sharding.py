@@ -49,6 +49,14 @@ def make_mesh(text: str | None) -> Mesh | None:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 2)
 
 
+def host_batch(batch: int) -> int:
+    """A process's part of a batch; raises ExperimentError for one that they do not divide."""
+    hosts = jax.process_count()
+    if batch % hosts:
+        raise ExperimentError(f"batch is {batch}; {hosts} processes must divide it")
+    return batch // hosts
+
+
 def state_shardings(state: Any, specs: Mapping[str, PartitionSpec], mesh: Mesh) -> Any:
     """Shardings for a whole training state from those of the parameters.
 

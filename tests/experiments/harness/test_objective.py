@@ -4,16 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from jax.sharding import PartitionSpec
 
-from experiments.harness import objective as room
-from experiments.harness.config import ExperimentError
 from experiments.harness.objective import (
     Objective,
     adamw_cosine,
     compile_training,
-    host_batch,
     make_training,
     traced,
 )
@@ -96,13 +92,3 @@ def test_the_rate_rises_and_falls_to_nothing():
         sizes.append(float(-updates["w"][0]))
     np.testing.assert_allclose(sizes[:3], [0, 0.25, 0.5], rtol=1e-3, atol=1e-6)
     assert sizes[2] > sizes[4] > sizes[6] == 0
-
-
-def test_a_batch_is_divided_among_the_processes(monkeypatch):
-    assert host_batch(8, 8) == 8
-    with pytest.raises(ExperimentError, match="batch is 9; there are 8 examples"):
-        host_batch(9, 8)
-    monkeypatch.setattr(room.jax, "process_count", lambda: 2)
-    assert host_batch(8, 8) == 4
-    with pytest.raises(ExperimentError, match="batch is 7; 2 processes must divide it"):
-        host_batch(7, 8)

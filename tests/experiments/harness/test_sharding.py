@@ -11,6 +11,7 @@ import sparsejax as sj
 from experiments.harness.config import ExperimentError, RunConfig
 from experiments.harness.sharding import (
     check_groups,
+    host_batch,
     initialize_hosts,
     make_mesh,
     place_batch,
@@ -25,6 +26,14 @@ def params():
         "a": {"kernel": jnp.ones((8, 4))},
         "b": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)},
     }
+
+
+def test_a_batch_is_divided_among_the_processes(monkeypatch):
+    assert host_batch(8) == 8
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert host_batch(8) == 4
+    with pytest.raises(ExperimentError, match="batch is 7; 2 processes must divide it"):
+        host_batch(7)
 
 
 def test_meshes():
